@@ -1,0 +1,150 @@
+"""CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from experiments.torchvision_cpu import torchvision
+
+
+class Cifar10:
+    """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
+
+    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
+    ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). Pictures live on the device as bytes; crop (4 pixels of padding), flip and
+    normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch, worker) alone;
+    shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
+    Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
+    """
+
+    final = False
+    fingerprint = None
+
+    def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
+                 width: int, channels_last: bool = True):  # fmt: skip
+        if batch_size % workers:
+            raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
+        self.workers, self.seed, self.batch = workers, seed, batch_size // workers
+        self.dtype, self.device = getattr(torch, dtype), torch.device(device)
+        self.layers, self.width = list(layers), width
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.data, self._loaded, self._drawn = data, None, {}
+        self.steps_per_epoch = _length(data) // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"{_length(data)} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
+
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(self.seed)
+        model = ResNet(self.layers, self.width)
+        return model.to(self.device, self.dtype, memory_format=self.memory_format)
+
+    def batches(self, step: int, workers, part: tuple[int, int]):
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self.batch % part[1]:
+            raise ValueError(f"{self.batch} pictures a worker over its {part[1]} processes: choose task.batch_size so that it divides")
+        size = self.batch // part[1]
+        start = position * self.batch + part[0] * size
+        drawn = torch.cat([self._draw(epoch, i)[:, start : start + size] for i in workers], dim=1).to(self.device)
+        index, top, left, flip = drawn
+        train = self._pictures()["train"]
+        pictures = train["windows"][index, :, top, left]
+        pictures = torch.where(flip.bool()[:, None, None, None], pictures.flip(-1), pictures)
+        return list(zip(self._normal(pictures).split(size), train["labels"][index].split(size)))
+
+    def loss(self, model: torch.nn.Module, batch) -> torch.Tensor:
+        pictures, labels = batch
+        return F.cross_entropy(model(pictures), labels)
+
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
+        """Sums of the negative log likelihood (nats) and of correct answers in per cent, over every part[1]-th validation picture."""
+        validation = self._pictures()["validation"]
+        mine = slice(part[0], samples, part[1])
+        nll, correct, count = 0.0, 0.0, 0
+        for pictures, labels in zip(validation["pictures"][mine].split(500), validation["labels"][mine].split(500)):
+            output = model(self._normal(pictures))
+            nll += float(F.cross_entropy(output, labels, reduction="sum"))
+            correct += float((output.argmax(1) == labels).sum())
+            count += len(labels)
+        return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * correct}
+
+    def _draw(self, epoch: int, worker: int) -> torch.Tensor:
+        """A worker's epoch: [4, pictures] of index, top, left, flip."""
+        if self._drawn.get("epoch") != epoch:
+            count = _length(self.data)
+            self._drawn = {"epoch": epoch, "order": np.random.default_rng([self.seed, 2, epoch]).permutation(count)}
+        if worker not in self._drawn:
+            share = self.steps_per_epoch * self.batch
+            rng = np.random.default_rng([self.seed, 3, epoch, worker])
+            order = self._drawn["order"][worker * share : (worker + 1) * share]
+            drawn = np.stack([order, rng.integers(0, 9, share), rng.integers(0, 9, share), rng.integers(0, 2, share)])
+            self._drawn[worker] = torch.from_numpy(drawn)
+        return self._drawn[worker]
+
+    def _normal(self, pictures: torch.Tensor) -> torch.Tensor:
+        normal = self._pictures()["normal"]
+        return torch.addcmul(normal[1], pictures.to(self.dtype), normal[0]).contiguous(memory_format=self.memory_format)
+
+    def _pictures(self) -> dict:
+        """The data, loaded when first asked for: a plan does not need it."""
+        if self._loaded is None:
+            arrays = _load(self.data)
+            images, labels = (torch.from_numpy(arrays[f"train_{name}"]).to(self.device) for name in ("images", "labels"))
+            images = images.permute(0, 3, 1, 2)
+            # one channel after another: a training set in float64 would take eight times its bytes
+            channels = [images[:, c].float() for c in range(3)]
+            mean = torch.stack([c.mean(dtype=torch.float64) for c in channels])
+            std = torch.stack([c.double().square().mean() for c in channels]).sub(mean.square()).sqrt()
+            padded = F.pad(images, (4, 4, 4, 4))
+            validation, answers = (torch.from_numpy(arrays[f"validation_{name}"]).to(self.device) for name in ("images", "labels"))
+            self._loaded = {
+                # every 32x32 window of each padded picture, as a view: [N, 3, 9, 9, 32, 32]
+                "train": {"windows": padded.unfold(2, 32, 1).unfold(3, 32, 1), "labels": labels},
+                "validation": {"pictures": validation.permute(0, 3, 1, 2), "labels": answers},
+                "normal": [t.to(self.dtype).view(3, 1, 1) for t in (1 / std, -mean / std)],
+            }
+        return self._loaded
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet of basic blocks in its CIFAR form: a 3x3 stem without pooling, `width` channels in the first stage."""
+
+    def __init__(self, layers: list[int], width: int, classes: int = 10):
+        if len(layers) != 4 or min(layers[:1]) < 1 or width < 1:
+            raise ValueError(f"layers={layers}, width={width}: give four stages, the first of at least one block, and a width >= 1")
+        self.first = width
+        super().__init__(torchvision.models.resnet.BasicBlock, layers, num_classes=classes)
+        self.conv1 = torch.nn.Conv2d(3, width, 3, padding=1, bias=False)
+        torch.nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        self.maxpool = torch.nn.Identity()
+        self.fc = torch.nn.Linear(self.inplanes, classes)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = self.first
+        if not blocks:
+            return torch.nn.Sequential()
+        return super()._make_layer(block, planes * self.first // 64, blocks, stride, dilate)
+
+
+def _length(data) -> int:
+    return 50_000 if data.name == "cifar10" else data.train
+
+
+def _load(data) -> dict[str, np.ndarray]:
+    if data.name == "photos":
+        from experiments import photos
+
+        return photos.load(data.root, data.train, data.validation)
+    try:
+        # torchvision unpickles these files only after their checksums matched the published ones
+        sets = [torchvision.datasets.CIFAR10(data.root, train=train, download=data.download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no CIFAR-10 under {data.root}: give the folder that holds cifar-10-batches-py with data.root=FOLDER, "
+            "or download it with data.download=true (170 MB); data=photos needs neither"
+        ) from error
+    names = ("train", "validation")
+    return {f"{name}_images": s.data for name, s in zip(names, sets)} | {
+        f"{name}_labels": np.asarray(s.targets, dtype=np.int64) for name, s in zip(names, sets)
+    }

@@ -1,0 +1,169 @@
+"""A run's folder: a function of its config.
+
+    runs/<experiment>[,<key>=<value>...]/seed<seed>/
+        config.yaml      the resolved config
+        metrics.jsonl    one row an evaluation
+        result.json      best and last, seconds an iteration, where and with what: written when the run has ended
+        final.npz        all iterates, for tasks whose iterates are small
+        checkpoints/     the last two; see slowmo/checkpoint.py
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.plan import choices, flat
+
+# keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
+NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "data.root", "data.download", "task.problem")
+
+
+def of(cfg: DictConfig, task) -> Path:
+    """Where this config's run lives: named after its experiment (or task), each group chosen otherwise and each key that differs."""
+    experiment = HydraConfig.get().runtime.choices.get("experiment")
+    name, start = (experiment, f"experiment={experiment}") if experiment else (cfg_task := choices()["task"], f"task={cfg_task}")
+    before = hydra.compose("config", overrides=[start], return_hydra_config=True).hydra.runtime.choices
+    groups = {group: choice for group, choice in choices().items() if before.get(group) != choice and group not in ("cluster", "task")}
+    plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
+    changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}
+    # a chosen group comes before its keys, so that names read like the command
+    parts = [f"{k}={v}" for k, v in [*sorted(groups.items()), *sorted(changed.items())]]
+    if task.fingerprint:
+        parts.append(f"problem={task.fingerprint}")
+    text = re.sub(r"[^\w.,=+-]", "_", "".join(f",{part}" for part in parts))
+    if len(text) > 150:
+        text = f"{text[:130]},{hashlib.sha256(','.join(parts).encode()).hexdigest()[:12]}"
+    return Path(cfg.runs) / f"{name}{text}" / f"seed{cfg.seed}"
+
+
+class Book:
+    """Writes a run's files; process 0 alone holds the pen, the calls are for all. Everything is written aside and renamed."""
+
+    def __init__(self, path: Path, cfg: DictConfig, cluster):
+        self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
+
+    def open(self, step: int) -> None:
+        """Take up the run at `step`: rows of evaluations that the checkpoint does not know are dropped, they will come again."""
+        if not self.cluster.leader:
+            return
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            for line in metrics.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the half line of a killed process
+                if row["step"] <= step:
+                    self.rows.append(row)
+        _write(metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+        _write(self.path / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+
+    def add(self, row: dict) -> None:
+        """One more metric row; NaN and infinity become null, the status tells."""
+        row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        self.rows.append(row)
+        if self.cluster.leader:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def final(self, algorithm) -> None:
+        """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""
+        cluster, x, u = self.cluster, algorithm.rows.detach(), algorithm.u
+        mean = algorithm.average()[0]
+        parts = cluster.gather((x.cpu().numpy(), None if u is None else u.cpu().numpy()))[:: cluster.node]
+        if cluster.leader:
+            x = np.concatenate([part[0] for part in parts])
+            if u is None:
+                u = np.zeros_like(x[0])
+            elif getattr(algorithm, "exact", True):
+                u = parts[0][1][0]
+            else:
+                u = np.concatenate([part[1] for part in parts])
+            aside = self.path / "final.partial.npz"
+            np.savez(aside, x=x, mean=mean.cpu().numpy(), u=u)
+            os.replace(aside, self.path / "final.npz")
+
+    def close(self, status: str, step: int, seconds: float) -> None:
+        """result.json: what a table needs, and where it came from."""
+        if not self.cluster.leader:
+            return
+        rows = [row for row in self.rows if not row.get("diverged")]
+        result = {
+            "status": status,
+            "experiment": HydraConfig.get().runtime.choices.get("experiment"),
+            "folder": str(self.path),
+            "seed": self.cfg.seed,
+            "step": step,
+            "last": rows[-1] if rows else None,
+            "best": _best(rows),
+            "seconds": seconds,
+            "seconds_per_iteration": seconds / max(step, 1),
+            "promise": OmegaConf.to_container(self.cfg.promise),
+            "workers": self.cluster.size,
+            "processes": self.cluster.processes,
+            "commit": _commit(),
+            "versions": _versions(),
+            "hardware": _hardware(self.cluster.device),
+        }
+        _write(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _best(rows: list[dict]) -> dict:
+    """The best value of each metric over the run, each with its step; never mixed with the last ones."""
+    best = {}
+    for name, better in (("train_loss", min), ("validation_loss", min), ("nll", min), ("accuracy", max)):
+        seen = [(row[name], row["step"]) for row in rows if row.get(name) is not None]
+        if seen:
+            value = better(value for value, _ in seen)
+            best[name] = {"value": value, "step": next(step for v, step in seen if v == value)}
+    return best
+
+
+def _commit() -> str | None:
+    """The repository's commit, with `+` when tracked files differ from it; None outside a repository."""
+    root = Path(__file__).parent.parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(dirty.strip())
+
+
+def _versions() -> dict:
+    out = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "hydra-core", "scikit-image", "scikit-learn", "pillow"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def _hardware(device: torch.device) -> dict:
+    out = {"device": str(device), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "machine": platform.machine()}
+    if device.type == "cuda":
+        out["gpu"] = torch.cuda.get_device_name(device)
+    return out
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,48 @@
+"""Learning-rate schedules: step (counted from 0) -> γ. `lr` is the peak; none of them gives 0 for lr > 0."""
+
+import bisect
+
+
+class Constant:
+    def __init__(self, lr: float, steps: int):
+        self.lr = lr
+
+    def __call__(self, step: int) -> float:
+        return self.lr
+
+
+class Step:
+    """Step decay with linear warm-up (Goyal et al. 2017).
+
+    warmup, milestones: in parts of the run, which has `of` parts in all (the paper's 200 epochs: warm-up 5, milestones 100, 150, 175,
+    of 200), so that a shorter run keeps the shape; `of` null counts in steps. factor: at each milestone. warmup_from: the share of
+    the peak at which the warm-up starts. ValueError for milestones that do not grow or lie past the end.
+    """
+
+    def __init__(self, lr: float, steps: int, warmup: float, milestones: list[float], of: float | None = None,
+                 factor: float = 0.1, warmup_from: float = 0.0):  # fmt: skip
+        whole = of or steps
+        if sorted(milestones) != list(milestones) or any(not 0 <= t <= whole for t in [warmup, *milestones]):
+            raise ValueError(f"schedule: warmup={warmup}, milestones={list(milestones)} must grow and lie in [0, {whole}]")
+        self.lr, self.factor, self.warmup_from = lr, factor, warmup_from
+        self.warmup = round(warmup * steps / whole)
+        self.milestones = [round(t * steps / whole) for t in milestones]
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (self.warmup_from + (1 - self.warmup_from) * (step + 1) / self.warmup)
+        return self.lr * self.factor ** bisect.bisect_right(self.milestones, step)
+
+
+class InverseSqrt:
+    """Linear warm-up from `start` to the peak in `warmup` steps, then proportional to 1 / sqrt(step) (Vaswani et al. 2017; fairseq)."""
+
+    def __init__(self, lr: float, steps: int, warmup: int, start: float = 0.0):
+        if warmup < 1:
+            raise ValueError(f"schedule.warmup={warmup}: the inverse square root needs at least one warm-up step")
+        self.lr, self.warmup, self.start = lr, warmup, start
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.start + (self.lr - self.start) * (step + 1) / self.warmup
+        return self.lr * (self.warmup / (step + 1)) ** 0.5

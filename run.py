@@ -1,0 +1,168 @@
+"""One run, from the command line: `python run.py experiment=photos_slowmo_sgp`, or under torchrun for several processes.
+
+The only door for Hydra. A run's folder is a function of its config: asking again resumes it or says that it is done.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from experiments import folder, plan
+from experiments.progress import Progress
+from slowmo import checkpoint
+from slowmo.cluster import Cluster
+from slowmo.replicas import Replicas
+from slowmo.train import Tally, evaluate, train
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
+DIVERGED = 1000  # above every signal's number
+stopped_by = [0]
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    leading = int(os.environ.get("RANK", 0)) == 0
+    try:
+        plan.check(cfg)
+        if cfg.cluster.threads:
+            torch.set_num_threads(cfg.cluster.threads)
+        cfg.cluster.device = plan.device(cfg.cluster.device)
+        task = plan.build(cfg.task)
+        steps = plan.steps(cfg, task)
+        schedule = plan.build(cfg.schedule, lr=cfg.optimizer.lr, steps=steps)
+        summary = plan.rehearse(cfg, task, schedule, steps)
+        path = folder.of(cfg, task)
+        if leading:
+            print(plan.show(summary, path) if cfg.dry_run else f"{path}: {summary['title']}", flush=True)
+        if not cfg.dry_run:
+            with _locked(path, leading):
+                execute(cfg, task, schedule, steps, path)
+    except (ValueError, FileNotFoundError, BlockingIOError) as error:
+        if leading:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if stopped_by[0]:
+        sys.exit(128 + stopped_by[0])
+
+
+def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
+    """Train from wherever the run's folder stands to its end, or to a signal, or to a NaN."""
+    if (path / "result.json").exists():
+        result = json.loads((path / "result.json").read_text())
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
+        return
+    cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
+    replicas = Replicas(task.model(), cluster)
+    optimizer = plan.build(cfg.optimizer, [replicas.rows])
+    algorithm = plan.build(cfg.base, replicas, optimizer)
+    if cfg.outer.get("_target_"):
+        algorithm = plan.build(cfg.outer, algorithm)
+    tally = Tally(len(cluster.ranks), cluster.device)
+    book = folder.Book(path, cfg, cluster)
+    progress = Progress(steps, cluster.leader)
+
+    def save() -> None:
+        tally.settle()
+        rows, shared = algorithm.state()
+        own = {"buffers": replicas.buffers(), "losses": tally.losses.unsqueeze(1)}
+        state = {"step": algorithm.steps, "seconds": tally.seconds, "count": tally.count}
+        checkpoint.save(path / "checkpoints", algorithm.steps, cluster, rows, own, shared, state)
+
+    loaded, complaints = checkpoint.load(path / "checkpoints", cluster)
+    for complaint in complaints:
+        progress.say(complaint)
+    if loaded:
+        rows, own, shared, state = loaded
+        algorithm.load(rows, shared)
+        replicas.load_buffers(own["buffers"])
+        tally.losses.copy_(own["losses"][:, 0])
+        tally.seconds, tally.count = state["seconds"], state["count"]
+        progress.say(f"resumed at step {algorithm.steps}")
+    book.open(algorithm.steps)
+
+    def note(step: int) -> None:
+        row = evaluate(task, replicas, algorithm, tally, cfg.evaluate.norms, cfg.evaluate.worker_samples)
+        book.add({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
+        progress.row(book.rows[-1])
+
+    status = "done"
+    with _signals(), progress:
+        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, tally):
+            progress.step(step, schedule(step - 1), tally)
+            last = step == steps
+            due, save_due = last or step % cfg.evaluate.every == 0, last or step % cfg.checkpoint_every == 0
+            meet = due or save_due or step % AGREE_EVERY == 0
+            if not meet and cluster.processes > 1:
+                continue
+            # the largest code of any process is everybody's, at the same step
+            code = cluster.any(DIVERGED if meet and tally.diverged() else stopped_by[0])
+            if code == DIVERGED:
+                status = "diverged"
+                book.add({"step": step, "epoch": step / task.steps_per_epoch, "seconds": tally.seconds, "diverged": True})
+                break
+            if due:
+                note(step)
+            if save_due or code:
+                save()
+            if code and not last:
+                stopped_by[0], status = code, "stopped"
+                break
+    if status == "stopped":
+        progress.say(f"{signal.Signals(stopped_by[0]).name}: saved at step {algorithm.steps}; the same command goes on from there")
+    else:
+        stopped_by[0] = 0
+        if task.final and status == "done":
+            book.final(algorithm)
+        book.close(status, algorithm.steps, tally.seconds)
+        progress.say(f"{status}: {path / 'result.json'}")
+    cluster.close()
+
+
+class _signals:
+    """While training, SIGTERM, SIGUSR1 and Ctrl-C are noted for the loop; a second one acts as usual."""
+
+    def __enter__(self):
+        self.before = {}
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        stopped_by[0] = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class _locked:
+    """One run a folder at a time: the first process holds a lock that the kernel drops when it ends, however it ends."""
+
+    def __init__(self, path: Path, leading: bool):
+        self.path, self.leading, self.file = path, leading, None
+
+    def __enter__(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.leading:
+            self.file = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{self.path} is being written by another run: wait for it, or end it") from None
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
+
+
+if __name__ == "__main__":
+    main()

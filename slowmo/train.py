@@ -1,0 +1,125 @@
+"""The loop. It decides nothing: the caller evaluates, saves, prints and stops between two steps.
+
+A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and `evaluate(model, part, samples)`; see experiments/.
+"""
+
+import math
+import time
+
+import torch
+
+from slowmo.replicas import recalibrate
+
+NORMS = ("average", "local", "recalibrate")
+
+
+class Tally:
+    """What the loop counts: seconds of training alone, and each worker's losses since the last metric row.
+
+    losses: `[n]`, float64. Both survive in checkpoints, so clocks and training losses go on where they were.
+    """
+
+    def __init__(self, rows: int, device: torch.device):
+        self.seconds, self.count, self.device = 0.0, 0, device
+        self.losses = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.started = None
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def settle(self) -> None:
+        """Wait for a GPU's pending work and count it as training; called before anything that is not training."""
+        if self.device.type == "cuda":
+            self.start()
+            torch.cuda.synchronize(self.device)
+            self.stop()
+
+    def diverged(self) -> bool:
+        return not bool(torch.isfinite(self.losses).all())
+
+
+def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tally):
+    """Yields the number of finished steps after each, from where `algorithm` stands to `steps`.
+
+    schedule: step (from 0) -> γ. The random numbers that a model draws (dropout) depend on (seed, step, worker) alone.
+    """
+    cluster = replicas.cluster
+    for step in range(algorithm.steps, steps):
+        tally.start()
+        algorithm.start()
+        batches = task.batches(step, cluster.ranks, (cluster.lane, cluster.node))
+        for row, (model, batch) in enumerate(zip(replicas.models, batches)):
+            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + cluster.ranks[row]) * 1_009 + cluster.lane)
+            loss = task.loss(model, batch)
+            loss.backward()
+            tally.losses[row] += loss.detach()
+        tally.count += 1
+        algorithm.step(schedule(step))
+        tally.stop()
+        yield step + 1
+
+
+@torch.no_grad()
+def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", samples: int | None = None) -> dict:
+    """A metric row for the averaged model, its BatchNorm statistics by `norms`, and the band (min, max) over workers.
+
+    norms: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
+    to 16 workers). samples: how many validation samples each worker's own model is judged on (None: all of them).
+    Changes nothing that training sees. Collective: every process calls it and gets the same row; the losses are counted anew.
+    """
+    if norms not in NORMS:
+        raise ValueError(f"norms={norms!r}: choose one of {', '.join(NORMS)}")
+    tally.settle()
+    cluster, rows = replicas.cluster, replicas.rows.detach()
+    x = algorithm.average()
+    buffers = replicas.buffers()
+    if norms == "local":
+        mean = buffers[:1].clone()
+        cluster.broadcast(mean)
+    else:
+        mean = buffers.sum(0, keepdim=True)
+        cluster.reduce(mean)
+        mean /= cluster.size * cluster.node
+    model = replicas.snapshot(x, mean)
+    if norms == "recalibrate":
+        workers = range(min(cluster.size, 16))
+        recalibrate(model, task.batches(max(algorithm.steps - 1, 0), workers, (0, 1)), task.loss)
+    sums = task.evaluate(model, (cluster.process, cluster.processes), None)
+    values = torch.tensor([*sums.values()], dtype=torch.float64, device=replicas.rows.device)
+    cluster.reduce(values)
+    totals = dict(zip(sums, values.tolist()))
+    count = totals.pop("count")
+    row = {name: total / count for name, total in totals.items()}
+
+    band = []
+    for replica in replicas.models:
+        sums = task.evaluate(replica.eval(), (0, 1), samples)
+        replica.train()
+        band.append([sums[name] / sums["count"] for name in totals])
+    band = torch.tensor(band, dtype=torch.float64, device=replicas.rows.device)
+    low, high = band.amin(0), band.amax(0)
+    cluster.reduce(low, "min")
+    cluster.reduce(high, "max")
+    for k, name in enumerate(totals):
+        row |= {f"{name}_min": low[k].item(), f"{name}_max": high[k].item()}
+
+    # row by row: no temporary of the block's size
+    apart = torch.stack([(row_ - x[0]).double().square().sum() for row_ in rows]).sum()
+    losses = tally.losses.sum() / tally.count if tally.count else torch.tensor(math.nan, dtype=torch.float64)
+    moving = torch.zeros((), dtype=torch.float64) if algorithm.u is None else algorithm.u.double().square().sum(1).mean()
+    means = torch.stack([t.to(rows.device) for t in (apart / len(rows), losses / len(rows), moving)])
+    cluster.reduce(means)
+    apart, losses, moving = (means / cluster.processes).tolist()
+    row |= {
+        "train_loss": losses if tally.count else None,
+        "spread": math.sqrt(apart),
+        "u_norm": None if algorithm.u is None else math.sqrt(moving),
+        "seconds": tally.seconds,
+        "evaluated": f"average of {cluster.size} workers, norms: {norms}",
+    }
+    tally.losses.zero_()
+    tally.count = 0
+    return row
