@@ -81,9 +81,9 @@ class Book:
 
     def final(self, algorithm) -> None:
         """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""
-        cluster, x, u = self.cluster, algorithm.rows.detach(), algorithm.u
-        mean = algorithm.average()[0]
-        parts = cluster.gather((x.cpu().numpy(), None if u is None else u.cpu().numpy()))[:: cluster.node]
+        cluster, d = self.cluster, algorithm.replicas.parameters
+        x, mean, u = (None if t is None else t.detach()[:, :d].cpu().numpy() for t in (algorithm.rows, algorithm.average(), algorithm.u))
+        parts = cluster.gather((x, u))[:: cluster.node]
         if cluster.leader:
             x = np.concatenate([part[0] for part in parts])
             if u is None:
@@ -93,7 +93,7 @@ class Book:
             else:
                 u = np.concatenate([part[1] for part in parts])
             aside = self.path / "final.partial.npz"
-            np.savez(aside, x=x, mean=mean.cpu().numpy(), u=u)
+            np.savez(aside, x=x, mean=mean[0], u=u)
             os.replace(aside, self.path / "final.npz")
 
     def close(self, status: str, step: int, seconds: float) -> None:

@@ -107,9 +107,9 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     """Build the real algorithm over rows that take no memory, and read the plan off it. ValueError where they do not fit together."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     rows, node = fold(cfg.workers, processes)
-    d = sum(p.numel() for p in task.model().parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in task.model().parameters() if p.requires_grad)
     model = torch.nn.Module()
-    model.x = torch.nn.Parameter(torch.empty(d, device="meta", dtype=getattr(torch, cfg.dtype)))
+    model.x = torch.nn.Parameter(torch.empty(parameters, device="meta", dtype=getattr(torch, cfg.dtype)))
     replicas = Replicas(model, _Rehearsal(cfg.workers, rows))
     tiny = torch.nn.Parameter(torch.zeros(1, 1, dtype=getattr(torch, cfg.dtype)))
     tiny.grad = torch.ones_like(tiny)
@@ -127,7 +127,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
         if schedule(step) == 0:
             raise ValueError(f"the schedule's learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
     messages, lengths = algorithm.sends()
-    size = replicas.rows.element_size()
+    size, d = replicas.rows.element_size(), replicas.rows.shape[1]
     graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)
     inboxes = max(len(graph(step)) - 1 for step in range(64)) if graph else 0
     globals_ = 0 if algorithm.u is None else 2 * len(algorithm.u)
@@ -138,7 +138,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
         "experiment": experiment or "-",
         "iterations": steps,
         "slow steps": len(slow),
-        "parameters": d,
+        "parameters": parameters,
         "messages a worker sends an iteration": messages,
         "bytes a worker sends an iteration": lengths * d * size,
         "memory of rows, gradients, optimizer, messages (bytes a process)": d * size * (rows * (2 + len(names) + inboxes) + globals_),

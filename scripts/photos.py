@@ -58,14 +58,23 @@ def best(lines: list[dict]) -> dict:
     return max(lines, key=lambda line: line["accuracy_best"] if line["status"] == "done" else -1.0)
 
 
+def tune_base(base: str) -> list[dict]:
+    """The learning rate of a base, then beta of SlowMo over it. The grid of rates grows by 3 while the best lies at its edge."""
+    rates = list(LRS)
+    lines = [run((f"experiment=photos_{base}", f"optimizer.lr={lr}", *TUNING)) for lr in rates]
+    while True:
+        lr = rates[lines.index(best(lines))]
+        if min(rates) < lr < max(rates):
+            break
+        rates.append(float(f"{lr * 3 if lr == max(rates) else lr / 3:.1g}"))
+        lines.append(run((f"experiment=photos_{base}", f"optimizer.lr={rates[-1]}", *TUNING)))
+    if base != "ar_sgd":  # the paper has no cell of SlowMo over AR-SGD
+        lines += [run((f"experiment=photos_slowmo_{base}", f"optimizer.lr={lr}", f"outer.beta={beta}", *TUNING)) for beta in BETAS]
+    return lines
+
+
 def tune(pool) -> None:
-    jobs = [(f"experiment=photos_{base}", f"optimizer.lr={lr}", *TUNING) for base in BASES for lr in LRS]
-    lines = list(pool.map(run, jobs))
-    jobs = []
-    for base in BASES[:-1]:  # nothing to tune for AR-SGD: the paper has no such cell
-        lr = best([line for line in lines if line["experiment"] == f"photos_{base}"])["overrides"].split()[0]
-        jobs += [(f"experiment=photos_slowmo_{base}", lr, f"outer.beta={beta}", *TUNING) for beta in BETAS]
-    lines += pool.map(run, jobs)
+    lines = [line for part in pool.map(tune_base, BASES) for line in part]
     write(ROOT / "results/photos_tuning.csv", lines)
     for cell in CELLS:
         line = best([line for line in lines if line["experiment"] == f"photos_{cell}"])

@@ -274,7 +274,7 @@ class Buckets:
     def __init__(self, replicas, inside: bool, megabytes: float = 25.0):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
         full, bucket_of, slices = 2**20, {}, []  # DDP's sizes: a small first bucket, so that the wire is busy early
-        start = stop = replicas.rows.shape[1]
+        start = stop = replicas.parameters
         for offset, numel in reversed(replicas.slices()):
             start, bucket_of[offset] = offset, len(slices)
             if (stop - start) * replicas.rows.element_size() >= full or offset == 0:

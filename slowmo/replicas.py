@@ -11,8 +11,10 @@ class Replicas:
     """One copy of `model` for each worker hosted here, its parameters and gradients views into the rows of one block.
 
     rows: a Parameter `[n, d]` whose `.grad` `[n, d]` is always there: give it to a torch optimizer as its only parameter. Backward
-    adds into the gradients where they lie, and the algorithm's `step` zeroes them: nobody calls zero_grad. d counts the
-    parameters that require a gradient, tied ones once, in the order of `model.parameters()`; frozen ones stay as they are.
+    adds into the gradients where they lie, and the algorithm's `step` zeroes them: nobody calls zero_grad. A row holds the
+    `parameters` numbers that require a gradient, tied ones once, in the order of `model.parameters()`, then zeros up to d, a multiple
+    of 64 bytes: an element then meets the same vector instruction under every folding, so that gossip gives the same bits. Frozen
+    parameters stay as they are.
 
     Strides survive (channels_last), so do ties. Parameters of another dtype than `dtype` (default: the widest of the model) are
     copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from process 0's
@@ -33,8 +35,10 @@ class Replicas:
                 dtype = torch.promote_types(dtype, p.dtype)
         self.cluster, self.models = cluster, [model]
         self.models += [copy.deepcopy(model) for _ in cluster.ranks[1:]]
-        n, d = len(cluster.ranks), sum(p.numel() for p in trained)
-        self.rows = torch.nn.Parameter(torch.empty(n, d, dtype=dtype, device=trained[0].device))
+        self.parameters = sum(p.numel() for p in trained)
+        line = 64 // dtype.itemsize
+        n, d = len(cluster.ranks), -(-self.parameters // line) * line
+        self.rows = torch.nn.Parameter(torch.zeros(n, d, dtype=dtype, device=trained[0].device))
         self.rows.grad = torch.zeros_like(self.rows)
         self._entries, self._copy = [], None
         for row, replica in enumerate(self.models):

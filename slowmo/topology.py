@@ -64,7 +64,8 @@ class Mixing:
             raise ValueError("a mixing matrix needs entries >= 0 and columns that sum to 1: what a worker keeps and sends is all it has")
         if (stack.diagonal(dim1=1, dim2=2) <= 0).any():
             raise ValueError("a mixing matrix needs a positive diagonal: a worker that keeps nothing can end up with weight 0")
-        self.size, self.rounds = size, [self._shares(matrix) for matrix in stack]
+        self.size = size
+        self.rounds = [self._shares(matrix) for matrix in stack]
 
     def _shares(self, matrix: torch.Tensor) -> dict[int, tuple[float, ...]]:
         hops = {hop: tuple(matrix[(j + hop) % self.size, j].item() for j in range(self.size)) for hop in range(self.size)}

@@ -65,4 +65,4 @@ def run(task, replicas, algorithm, steps, lr):
     schedule = lr if callable(lr) else lambda step: lr
     for _ in train(task, replicas, algorithm, schedule, steps, task.seed, tally):
         pass
-    return replicas.rows.detach().clone()
+    return replicas.rows.detach()[:, : replicas.parameters].clone()

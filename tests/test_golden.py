@@ -28,7 +28,7 @@ def test_local_sgd_with_slowmo(dtype):
     replicas, algorithm = build(task, 2, "local_sgd", outer=lambda base: SlowMo(base, tau=2, beta=0.5))
     for t, x in enumerate((2.5, 3.625, 3.71875), 1):
         assert (run(task, replicas, algorithm, 2 * t, 0.5) == x).all()
-        u.append(algorithm.u.item())
+        u.append(algorithm.u[0, 0].item())
     assert u == [-3, -2.25, -0.1875]
 
 
