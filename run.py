@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from experiments import folder, plan
 from experiments.progress import Progress
 from slowmo import checkpoint
-from slowmo.cluster import Cluster
+from slowmo.cluster import Cluster, fold
 from slowmo.replicas import Replicas
 from slowmo.train import Tally, evaluate, train
 
@@ -29,7 +29,7 @@ stopped_by = [0]
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
-    leading = int(os.environ.get("RANK", 0)) == 0
+    leading, stopped_by[0] = int(os.environ.get("RANK", 0)) == 0, 0
     try:
         plan.check(cfg)
         if cfg.cluster.threads:
@@ -43,14 +43,15 @@ def main(cfg: DictConfig) -> None:
         if leading:
             print(plan.show(summary, path) if cfg.dry_run else f"{path}: {summary['title']}", flush=True)
         if not cfg.dry_run:
+            # a first batch: data that are missing, or do not divide, are found before anything is written
+            next(iter(task.batches(0, range(1), (0, fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))[1]))))
             with _locked(path, leading):
                 execute(cfg, task, schedule, steps, path)
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
-        if leading:
+        if leading or torch.distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    if stopped_by[0]:
-        sys.exit(128 + stopped_by[0])
+        _leave(2)
+    _leave(128 + stopped_by[0] if stopped_by[0] else 0)
 
 
 def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
@@ -125,6 +126,16 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         book.close(status, algorithm.steps, tally.seconds)
         progress.say(f"{status}: {path / 'result.json'}")
     cluster.close()
+
+
+def _leave(code: int) -> None:
+    """Give back the exit code. With gloo that means at once: its threads now and then abort a regular exit (PyTorch issue 190489)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 class _signals:

@@ -1,5 +1,8 @@
 """CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
 
+import fcntl
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -12,8 +15,8 @@ class Cifar10:
 
     batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
     ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). Pictures live on the device as bytes; crop (4 pixels of padding), flip and
-    normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch, worker) alone;
-    shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
+    normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch,
+    worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
 
@@ -137,8 +140,13 @@ def _load(data) -> dict[str, np.ndarray]:
 
         return photos.load(data.root, data.train, data.validation)
     try:
+        if data.download:  # by one process of this machine; the others find it there
+            Path(data.root).mkdir(parents=True, exist_ok=True)
+            with open(Path(data.root) / ".download.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                torchvision.datasets.CIFAR10(data.root, download=True)
         # torchvision unpickles these files only after their checksums matched the published ones
-        sets = [torchvision.datasets.CIFAR10(data.root, train=train, download=data.download) for train in (True, False)]
+        sets = [torchvision.datasets.CIFAR10(data.root, train=train) for train in (True, False)]
     except RuntimeError as error:
         raise FileNotFoundError(
             f"no CIFAR-10 under {data.root}: give the folder that holds cifar-10-batches-py with data.root=FOLDER, "

@@ -33,8 +33,13 @@ def of(cfg: DictConfig, task) -> Path:
     """Where this config's run lives: named after its experiment (or task), each group chosen otherwise and each key that differs."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     name, start = (experiment, f"experiment={experiment}") if experiment else (cfg_task := choices()["task"], f"task={cfg_task}")
-    before = hydra.compose("config", overrides=[start], return_hydra_config=True).hydra.runtime.choices
-    groups = {group: choice for group, choice in choices().items() if before.get(group) != choice and group not in ("cluster", "task")}
+    groups = {}
+    for nested in (False, True):  # base before base/graph: choosing a base brings its own graph
+        start_with = [start, *(f"{group}={choice}" for group, choice in groups.items())]
+        before = hydra.compose("config", overrides=start_with, return_hydra_config=True).hydra.runtime.choices
+        for group, choice in choices().items():
+            if ("/" in group) == nested and before.get(group) != choice and group not in ("cluster", "task"):
+                groups[group] = choice
     plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command

@@ -125,7 +125,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     slow = range(tau - 1, steps, tau) if tau else range(0)
     for step in slow:
         if schedule(step) == 0:
-            raise ValueError(f"the schedule's learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
+            raise ValueError(f"the learning rate is 0 at the slow step after step {step + 1}, and line 7 divides by it: end the schedule above 0")
     messages, lengths = algorithm.sends()
     size, d = replicas.rows.element_size(), replicas.rows.shape[1]
     graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)

@@ -14,7 +14,7 @@ block `[n, d]` a message for the gossip algorithms, `[1, d]` at an average.
 
 import torch
 
-from slowmo.topology import is_symmetric
+from slowmo.topology import Exponential, Ring, is_symmetric
 
 BUFFERS = ("reset", "maintain", "average")
 
@@ -53,7 +53,11 @@ class LocalSGD:
 
     @torch.no_grad()
     def restart(self, x: torch.Tensor, buffers: str = "maintain", exact: bool = True) -> None:
-        """All rows <- x: `[1, d]`, or with exact=False `[n, d]`, each its own. `reset`: the optimizer as if it had never stepped."""
+        """All rows <- x: `[1, d]`, or with exact=False `[n, d]`, each its own.
+
+        buffers: `reset` leaves the optimizer as if it had never stepped, `maintain` as it is; `average` averages each buffer over the
+        workers and keeps counters.
+        """
         self.rows.copy_(x)
         self.replicas.publish()
         if buffers == "reset":
@@ -83,7 +87,7 @@ class LocalSGD:
         self.optimizer.load_state_dict({"state": {0: saved} if saved else {}, "param_groups": groups})
 
     def sends(self) -> tuple[float, float]:
-        """(messages, row lengths) that a worker sends an iteration: both count numbers, not bytes; the mean over a cycle."""
+        """What a worker sends an iteration, on average: (messages, numbers in units of d)."""
         return 0.0, 0.0
 
     def optimizer_rows(self) -> dict[str, torch.Tensor]:
@@ -122,14 +126,15 @@ class AllReduce(LocalSGD):
 class SGP(LocalSGD):
     """Stochastic gradient push: x <- P(x - γd), w <- Pw, z = x / w (Assran et al. 2019). Sends in `step` and waits at once.
 
-    graph: `step -> {hop: share}`, see topology.py. gossip_buffers: the optimizer's blocks take part in every round, as in
-    double-averaging (Yu et al. 2019). Neighbours exchange z with their weight and the receiver forms z_i <- Σ_j P_ij w_j z_j / w_i:
-    nothing is scaled before it is sent, so there is no send buffer. On a graph that is not regular `step` takes one more
-    temporary `[n, d]`.
+    graph: `step -> {hop: share}`, see topology.py; default the one-peer exponential. gossip_buffers: the optimizer's blocks take
+    part in every round, as in double-averaging (Yu et al. 2019). Neighbours exchange z with their weight and the receiver forms
+    z_i <- Σ_j P_ij w_j z_j / w_i: nothing is scaled before it is sent, so there is no send buffer. On a graph that is not regular
+    `step` takes one more temporary `[n, d]`.
     """
 
-    def __init__(self, replicas, optimizer, graph, gossip_buffers: bool = False):
+    def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False):
         super().__init__(replicas, optimizer)
+        graph = graph or Exponential(self.cluster.size)
         if graph.size != self.cluster.size:
             raise ValueError(f"a graph of {graph.size} workers for a cluster of {self.cluster.size}: build it with the cluster's size")
         self.graph, self.gossip_buffers = graph, gossip_buffers
@@ -219,7 +224,7 @@ class OSGP(SGP):
     steps, so nothing is drained and nothing more is saved.
     """
 
-    def __init__(self, replicas, optimizer, graph):
+    def __init__(self, replicas, optimizer, graph=None):
         super().__init__(replicas, optimizer, graph)
         self._arrivals = None
 
@@ -254,10 +259,11 @@ class OSGP(SGP):
 class DPSGD(OSGP):
     """D-PSGD (Lian et al. 2017): x <- Wx - γd with W symmetric, so that weights stay 1. The same messages as OSGP, both ways.
 
-    Raises ValueError for a graph that is not symmetric.
+    graph: default the ring. Raises ValueError for one that is not symmetric.
     """
 
-    def __init__(self, replicas, optimizer, graph):
+    def __init__(self, replicas, optimizer, graph=None):
+        graph = graph or Ring(replicas.cluster.size)
         if not all(is_symmetric(graph, step) for step in range(64)):
             raise ValueError(f"D-PSGD needs symmetric mixing, {type(graph).__name__} is not: choose base/graph=ring or complete")
         super().__init__(replicas, optimizer, graph)

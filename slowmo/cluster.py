@@ -10,6 +10,7 @@ this process hosts; what is global is `[1, ...]`. Four foldings, one code:
                 between nodes, and the parts are put together inside the node
 """
 
+import atexit
 import datetime
 import os
 
@@ -54,6 +55,8 @@ class Cluster:
                 "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout)
             )
             self._started_here = True
+            # gloo's threads abort the interpreter if they outlive its last moments (PyTorch issue 190489)
+            atexit.register(self.close)
         grouped = dist.is_initialized()
         self.process, self.processes = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.size = self.processes if size is None else size
@@ -163,7 +166,7 @@ class Cluster:
 
     def close(self) -> None:
         """End the process group if this object started it."""
-        if self._started_here:
+        if self._started_here and dist.is_initialized():
             dist.destroy_process_group()
 
     def _part(self, rows: torch.Tensor) -> torch.Tensor:

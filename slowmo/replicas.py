@@ -18,12 +18,12 @@ class Replicas:
 
     Strides survive (channels_last), so do ties. Parameters of another dtype than `dtype` (default: the widest of the model) are
     copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from process 0's
-    parameters. `model` itself becomes `models[0]`.
+    parameters. `model` itself becomes `models[0]`. cluster: default one worker a process, on the model's device.
 
     Raises ValueError for a model without trainable parameters, on several devices, or with complex ones.
     """
 
-    def __init__(self, model: torch.nn.Module, cluster: Cluster, dtype: torch.dtype | None = None):
+    def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, dtype: torch.dtype | None = None):
         trained = [p for p in model.parameters() if _trained(p)]
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient: nothing to train")
@@ -33,6 +33,7 @@ class Replicas:
             dtype = trained[0].dtype
             for p in trained:
                 dtype = torch.promote_types(dtype, p.dtype)
+        cluster = cluster or Cluster(device=trained[0].device)
         self.cluster, self.models = cluster, [model]
         self.models += [copy.deepcopy(model) for _ in cluster.ranks[1:]]
         self.parameters = sum(p.numel() for p in trained)

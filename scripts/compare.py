@@ -1,0 +1,46 @@
+"""Compare runs by their result.json: python scripts/compare.py RUN_FOLDER..."""
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def results(folders: list[str]) -> list[dict]:
+    """Every result.json under the folders. Exits with a message where there is none."""
+    found = [path for folder in folders for path in sorted(Path(folder).glob("**/result.json"))]
+    if not found:
+        sys.exit(f"no result.json under {', '.join(folders)}: run `python run.py experiment=...` first")
+    return [json.loads(path.read_text()) for path in found]
+
+
+def main() -> None:
+    table = Table(title="best over the run, and last")
+    for name in ("experiment", "seed", "training loss", "accuracy", "NLL", "ms an iteration", "status"):
+        table.add_column(name, justify="left" if name == "experiment" else "right", no_wrap=True)
+    lines = results(sys.argv[1:])
+    for result in lines:
+        pairs = [_pair(result, name, digits) for name, digits in (("train_loss", 3), ("accuracy", 2), ("nll", 3))]
+        pace = f"{1000 * result['seconds_per_iteration']:.1f}"
+        table.add_row(result["experiment"], str(result["seed"]), *pairs, pace, result["status"])
+    Console().print(table)
+    by_name = {(result["experiment"], result["seed"]): result for result in lines if result["status"] == "done"}
+    for (name, seed), slow in by_name.items():
+        base = by_name.get((name.replace("slowmo_", ""), seed))
+        if base and base is not slow:
+            gain = slow["best"]["accuracy"]["value"] - base["best"]["accuracy"]["value"]
+            less = base["best"]["train_loss"]["value"] - slow["best"]["train_loss"]["value"]
+            print(f"seed {seed}: over {base['experiment']} SlowMo changes the best accuracy by {gain:+.2f} points, the loss by {-less:+.3f}")
+    print("one seed tells little: the README's table has three, and their spread")
+    print("written:", *(result["folder"] for result in lines), sep="\n  ")
+
+
+def _pair(result: dict, name: str, digits: int) -> str:
+    best, last = result["best"].get(name, {}).get("value"), (result["last"] or {}).get(name)
+    return "-" if best is None else f"{best:.{digits}f} {last:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
