@@ -47,6 +47,8 @@ class Cluster:
 
     def __init__(self, size: int | None = None, device: str | torch.device = "cpu", timeout: float = 600.0):
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # nccl and pickled objects go by the current device
         self._started_here = False
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if size is not None:

@@ -1,10 +1,11 @@
 """The command line for tests: `python run.py ...` and what torchrun starts, in children forked after torch is imported.
 
-A child runs run.py itself as `__main__`, in a folder of the test's, and leaves by os._exit, so that a run costs tenths of a second.
+A child runs run.py itself as `__main__`, in a folder of the test's, and leaves by os._exit: a run costs tenths of a second.
 """
 
 import contextlib
 import dataclasses
+import gc
 import os
 import re
 import runpy
@@ -22,7 +23,7 @@ from hydra.core.plugins import Plugins
 
 import run  # noqa: F401  the imports of every child, done once
 from experiments import cifar10, photos, quadratic, schedules  # noqa: F401
-from slowmo import outer
+from slowmo.train import Tally
 
 ROOT = Path(__file__).parent.parent
 # what torch and Hydra only import when first used: seconds in every child otherwise
@@ -53,7 +54,7 @@ class Done:
 
 
 class Command:
-    """A command under way in `cwd`; its folder of runs is `cwd`/runs. before: called in each child with its rank, say to set a trap."""
+    """A command under way in `cwd`, its runs in `cwd`/runs. before: called in each child with its rank, say to set a trap."""
 
     def __init__(self, *overrides: str, cwd, processes: int = 1, before=None, environment=None):
         self.logs = Path(tempfile.mkdtemp(dir=cwd, prefix="log-"))
@@ -99,6 +100,7 @@ class Command:
 
     def _child(self, rank, overrides, cwd, before, environment):
         code = 1
+        gc.disable()  # a collection would touch, and so copy, all of torch's objects
         try:
             for name, target in (("out", 1), ("err", 2)):
                 file = os.open(self.logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -160,11 +162,11 @@ def at_call(place, name: str, count: int, act, after: bool = False):
 
 
 def signal_at_step(step: int, number: int, only: int | None = None):
-    """A `before` for Command: the process (`only`: that rank alone) sends itself a signal when it begins its step-th step of training."""
+    """A `before` for Command: the process (`only`: that rank alone) sends itself a signal as its step-th step of training begins."""
 
     def before(rank):
         if only in (None, rank):
-            at_call(outer.Average, "step", step, lambda: os.kill(os.getpid(), number))
+            at_call(Tally, "start", step, lambda: os.kill(os.getpid(), number))
 
     return before
 

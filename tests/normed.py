@@ -16,7 +16,7 @@ class Normed(torch.nn.Module):
 
 
 class Normal:
-    """evaluate: the first three evaluation samples a process or worker is asked for; it draws random numbers, as a careless task might."""
+    """Keeps the state of every model it evaluates, and draws random numbers while it does, as a careless task might."""
 
     def __init__(self, dropout=0.5, samples=6):
         self.dropout, self.seen = dropout, []

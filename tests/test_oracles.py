@@ -325,7 +325,7 @@ def fairscales(optimizer, base, outer, buffers, options):
     """(ours, fairscale's): the parameters of the worker of this process. Its patches of torch end with the process."""
     from fairscale.experimental.nn.data_parallel import SlowMoDistributedDataParallel
 
-    rank, options = torch.distributed.get_rank(), dict(options)
+    rank, options = torch.distributed.get_rank(), options | {"slowmo_frequency": TAU, "localsgd_frequency": TAU}
     _, x = ours(base, optimizer, outer and functools.partial(outer, buffers=buffers), m=4)
 
     for name in ("synchronize", "current_stream", "Stream", "stream"):
@@ -333,9 +333,7 @@ def fairscales(optimizer, base, outer, buffers, options):
     torch.Tensor.cuda = torch.Tensor.pin_memory = lambda tensor, *_, **__: tensor
     if options.pop("uneven", False):
         options |= uneven_mixing()
-    model = SlowMoDistributedDataParallel(
-        TASK.model(), nprocs_per_node=1, slowmo_frequency=TAU, localsgd_frequency=TAU, **options
-    )
+    model = SlowMoDistributedDataParallel(TASK.model(), nprocs_per_node=1, **options)
     inner = OPTIMIZERS[optimizer](model.parameters())
     with mock.patch.object(torch, "float32", torch.float64):
         model._init_global_momentum_buffers(inner)

@@ -70,7 +70,8 @@ def test_constant_rate_is_torch_sgd_on_the_pseudo_gradient(base):
 
 def test_one_worker_without_slow_momentum_is_lookahead():
     task, alpha, tau = quadratic(1), 0.5, 4
-    x = run(task, *build(task, 1, "local_sgd", nesterov, lambda b: SlowMo(b, tau, alpha=alpha, beta=0, buffers="maintain")), 12, rate)
+    outer = lambda base: SlowMo(base, tau, alpha=alpha, beta=0, buffers="maintain")
+    x = run(task, *build(task, 1, "local_sgd", nesterov, outer), 12, rate)
     fast = torch.nn.Parameter(task.x0.clone()[None])
     optimizer, slow = nesterov(fast), fast.detach().clone()
     for step in range(12):
@@ -295,8 +296,8 @@ def test_a_run_saved_anywhere_goes_on_bitwise(base, outer, optimizer):
 
 @pytest.mark.parametrize("name", [
     "RMSprop", "Adagrad", "RAdam", "Adadelta", "Adamax",
-    pytest.param("NAdam", marks=pytest.mark.xfail(strict=True, reason="load_state_dict turns NAdam's float32 mu_product into float64 beside "
-                                                  "float64 rows")),
+    pytest.param("NAdam", marks=pytest.mark.xfail(
+        strict=True, reason="load_state_dict turns NAdam's float32 mu_product into float64 beside float64 rows")),
     pytest.param("AdamW", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="wrongly refused, see test_base.py")),
 ])  # fmt: skip
 def test_other_optimizers_go_on_bitwise(name):

@@ -1,4 +1,4 @@
-"""Before any work: what makes no sense is refused with its remedy and leaves nothing behind, and `dry_run=true` tells the price."""
+"""Before any work: what makes no sense is refused with its remedy, leaving nothing; `dry_run=true` tells the price."""
 
 import pathlib
 import pickle
@@ -60,7 +60,7 @@ def match(text: str, pattern: str) -> None:
         (("optimizer.lr=0",), "optimizer.lr=0: a learning rate is a positive number"),
         (("optimizer.lr=nan",), "optimizer.lr=nan: a learning rate is a positive number"),
         (("cluster.device=tpu_of_mine",), "device"),
-        (("schedule=step", "schedule.milestones=[2]", "schedule.factor=0", "outer.tau=4"), "is 0 at slow step 4.*end the schedule above 0"),
+        (("schedule=step", "schedule.milestones=[2]", "schedule.factor=0", "outer.tau=4"), "is 0 at slow step 4.*above 0"),
         (("schedule=step", "schedule.milestones=[3,2]"), r"\[3, 2\] must grow"),
         (("schedule=inverse_sqrt", "schedule.warmup=0"), "at least one warm-up step"),
         (("optimizer._target_=torch.optim.Nope",), "Nope"),
@@ -73,7 +73,12 @@ def test_refusals(overrides, remedy, tmp_path):
 
 @pytest.mark.parametrize(
     "overrides, remedy",
-    [(("task.batch_size=100",), "choose a multiple of 8"), (("data.train=100",), "lower task.batch_size"), (("task.layers=[1]",), "four stages")],
+    [
+        (("task.batch_size=100",), "choose a multiple of 8"),
+        (("data.train=100",), "lower task.batch_size"),
+        (("task.layers=[1]",), "four stages"),
+        (("data=cifar10", "data.root=nowhere"), "no CIFAR-10 under nowhere.*data.download=true"),
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_refusals_of_pictures(overrides, remedy, tmp_path):
@@ -81,7 +86,7 @@ def test_refusals_of_pictures(overrides, remedy, tmp_path):
 
 
 def test_a_schedule_may_be_zero_where_no_slow_step_is(tmp_path):
-    """The rate is 0 from the third step on: of the slow steps 2 and 4 the second meets it; tau = 5 has no slow step in four steps."""
+    """The rate is 0 from the third step on: of the slow steps 2 and 4 the second meets it; tau = 5 has none in four steps."""
     schedule = ("schedule=step", "schedule.milestones=[2]", "schedule.factor=0", "dry_run=true")
     assert command(*QUADRATIC, *schedule, "outer.tau=5", cwd=tmp_path).code == 0
     assert "slow step 4" in refused(tmp_path, *QUADRATIC, *schedule, "outer.tau=2")

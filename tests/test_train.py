@@ -38,7 +38,7 @@ def assert_same(left, right):
 
 
 def trained(evaluations=(), m=3, base="sgp", optimizer=adam, steps=5, seed=0, task=None):
-    """(replicas, algorithm, tally, rows) after `steps`, evaluated by each of `evaluations` before the first step and after every step."""
+    """(replicas, algorithm, tally, rows) after `steps`; each of `evaluations` is made before the first and after every step."""
     task = task or Normal()
     replicas, algorithm = build(task, m, base, optimizer, slow)
     tally = Tally(len(replicas.models), torch.device("cpu"))
@@ -65,7 +65,7 @@ class PartlyFrozen(Normal):
         return model
 
 
-@pytest.mark.xfail(strict=True, reason="after its band `evaluate` puts whole replicas in training mode, also modules that were in eval mode")
+@pytest.mark.xfail(strict=True, reason="`evaluate` leaves whole replicas in training mode, also modules that were in eval mode")
 def test_evaluations_leave_the_mode_of_each_module():
     plain = whole_state(*trained(task=PartlyFrozen())[:2])
     assert_same(whole_state(*trained(["average"], task=PartlyFrozen())[:2]), plain)
@@ -109,6 +109,17 @@ def test_a_row_without_slow_momentum_or_training():
     replicas, algorithm = build(task, 2, "sgp")
     row = evaluate(task, replicas, algorithm, Tally(2, torch.device("cpu")))
     assert row["u_norm"] is None and row["train_loss"] is None and row["seconds"] == 0 and row["spread"] == 0
+
+
+@pytest.mark.xfail(strict=True, reason="0 / 0 in the zeros that fill up a row: `spread` and `u_norm` are NaN")
+def test_an_optimizer_without_epsilon_is_measured():
+    task = quadratic(2, d=3)
+    replicas, algorithm = build(task, 2, "sgp", lambda rows: torch.optim.Adam([rows], lr=0.1, eps=0.0), slow)
+    tally = Tally(2, torch.device("cpu"))
+    for _ in train(task, replicas, algorithm, lambda step: 0.1, 3, 0, tally):
+        pass
+    assert torch.isfinite(replicas.models[0].x).all()
+    assert math.isfinite(evaluate(task, replicas, algorithm, tally)["spread"])
 
 
 def test_the_clock_counts_training_alone(monkeypatch):
@@ -179,7 +190,7 @@ class Masks(Normal):
 
 def masks(m, steps, seed=0, start=0):
     task = Masks()
-    replicas, algorithm = build(task, m, "sgp", adam, slow)
+    replicas, algorithm = build(task, m, "sgp", nesterov, slow)
     algorithm.base.steps = start
     for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, seed, Tally(len(replicas.models), torch.device("cpu"))):
         pass
@@ -196,8 +207,8 @@ def test_dropout_differs_between_workers_steps_and_seeds():
 
 
 def on_processes(m):
-    task = Normal()
-    replicas, algorithm, tally, rows = trained(NORMS, m=m, steps=3, task=task)
+    # not Adam: the bias before BatchNorm has gradient 0 but for rounding, which Adam would blow up to whole steps
+    *_, rows = trained(NORMS, m=m, optimizer=nesterov, steps=3)
     return masks(m, 3), rows
 
 
@@ -208,13 +219,14 @@ def test_foldings_draw_the_same_and_measure_the_same():
         assert all(torch.equal(mask, whole[key]) for key, mask in seen.items()) and len(seen) == 6
         assert torch.allclose(part, z[list(ranks)], rtol=1e-12, atol=1e-12)
         for row, expected in zip(measured, rows, strict=True):
-            seconds = (row.pop("seconds"), expected.pop("seconds", None))
-            assert seconds[0] >= 0
-            assert row == pytest.approx(expected, rel=1e-9)
+            assert row.pop("seconds") >= 0  # each process has its own clock
+            for name, value in row.items():
+                same = pytest.approx(expected[name], rel=1e-9) if isinstance(value, float) else expected[name]
+                assert value == same, name
     assert first[1] == second[1]  # every process gets the same row, to the last bit
 
 
 @pytest.mark.parametrize("seed", [0, 2**16, pytest.param(20_240_101, marks=pytest.mark.xfail(
-    strict=True, reason="(seed, step, worker) is folded into a number beyond 64 bits: torch.manual_seed overflows above about 279,000"))])
+    strict=True, reason="(seed, step, worker) becomes a number beyond 64 bits: torch.manual_seed refuses seeds above 279,000"))])
 def test_any_seed_trains(seed):
     trained(seed=seed, steps=1)
