@@ -162,7 +162,7 @@ def at_call(place, name: str, count: int, act, after: bool = False):
 
 
 def signal_at_step(step: int, number: int, only: int | None = None):
-    """A `before` for Command: the process (`only`: that rank alone) sends itself a signal as its step-th step of training begins."""
+    """A `before` for Command: each process (`only`: that rank) sends itself a signal as its step-th step begins."""
 
     def before(rank):
         if only in (None, rank):

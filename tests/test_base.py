@@ -1,6 +1,7 @@
 """The base algorithms: what gossip conserves, what the verbs promise, gradients that never come, buckets."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ OPTIMIZERS = {
 }
 BROKEN = {"adamw": "AdamW's defaults hold decoupled_weight_decay, which its constructor does not take: wrongly refused"}
 names = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=ValueError, reason=BROKEN[name]))
-             if name in BROKEN else name for name in OPTIMIZERS]  # fmt: skip
-)
+    "name",
+    [pytest.param(name, marks=pytest.mark.xfail(name in BROKEN, raises=ValueError, strict=True, reason=BROKEN.get(name, "")))
+     for name in OPTIMIZERS],
+)  # fmt: skip
 
 
 def scattered(m, base, optimizer=sgd, seed=0, d=3):
@@ -337,16 +339,17 @@ def test_a_layer_without_gradient_is_averaged_all_the_same(base):
     assert all(torch.equal(p, q) for p, q in zip(replicas.models[0].parameters(), replicas.models[1].parameters()))
 
 
-def bucketed(m, everything, accumulate):
-    """One AllReduce step on real processes: (rows, what they must be, buckets, how many of them left during backward)."""
+def bucketed(m, everything, accumulate, base=slowmo.AllReduce):
+    """One step on real processes: (error against autograd alone, buckets, how many of them left during backward)."""
     Buckets.__init__.__defaults__ = (0.0001,)  # MiB a bucket after the first of 1 MiB; this process ends with the test
     model = Forks(wide=2**15)
     cluster = Cluster(m)
-    workers = [(i, lane) for i in range(m) for lane in range(cluster.node)]
+    meet = range(m) if base is slowmo.AllReduce else cluster.ranks  # Local SGD: only the processes of one worker
+    workers = [(i, lane) for i in meet for lane in range(cluster.node)]
     start = flat(model)
     mean = torch.stack([gradient(model, i, everything, lane) for i, lane in workers]).mean(0)
     replicas = Replicas(model, cluster)
-    algorithm = slowmo.AllReduce(replicas, sgd(replicas.rows))
+    algorithm = base(replicas, sgd(replicas.rows))
     for backward in range(1 + accumulate):
         if backward == accumulate:
             algorithm.start()
@@ -372,6 +375,16 @@ def test_buckets_give_the_mean_gradient_whatever_is_missing():
             assert early == buckets if everything else 0 < early < buckets, (m, everything, accumulate, early)
 
 
+def buckets_inside():
+    """Two workers of two processes each."""
+    return [bucketed(2, everything, 0, base) for everything in (True, False) for base in (slowmo.AllReduce, slowmo.LocalSGD)]
+
+
+def test_buckets_average_inside_a_worker_of_several_processes():
+    for results in spawn(buckets_inside, 4):
+        assert all(error < 1e-12 and buckets >= 3 for error, buckets, _ in results)
+
+
 def slices_of(megabytes):
     replicas = Replicas(Forks(wide=2**15), Cluster(2))
     return Buckets(replicas, inside=False, megabytes=megabytes).slices, replicas.slices(), replicas.parameters
@@ -381,7 +394,7 @@ def slices_of(megabytes):
 def test_buckets_tile_the_row_from_its_end(megabytes):
     slices, parameters, total = slices_of(megabytes)
     assert slices[0][1] == total and slices[-1][0] == 0
-    assert all(later[1] == earlier[0] for earlier, later in zip(slices, slices[1:]))
+    assert all(later[1] == earlier[0] for earlier, later in itertools.pairwise(slices))
     assert {start for start, _ in slices} <= {offset for offset, _ in parameters}
     assert (slices[0][1] - slices[0][0]) * 8 >= 2**20  # the small first one
 

@@ -1,6 +1,5 @@
 """Slow steps: when they come, what they change, and that a run saved anywhere goes on bitwise."""
 
-import inspect
 import itertools
 
 import pytest
@@ -233,25 +232,25 @@ def test_default_rate_is_the_optimizer_s():
 # --- refusals ---
 
 
-@pytest.mark.parametrize(
-    "options, remedy",
-    [
-        ({"tau": 0}, "tau=0.*whole number >= 1"),
-        ({"tau": -3}, "tau=-3.*whole number >= 1"),
-        ({"tau": 1.5}, "tau=1.5.*whole number >= 1"),
-        ({"buffers": "restart"}, "'restart': choose one of reset, maintain, average"),
-        ({"beta": 1}, r"beta=1.*\[0, 1\)"),
-        ({"beta": -0.1}, r"beta=-0.1.*\[0, 1\)"),
-        ({"beta": float("nan")}, r"beta=nan.*\[0, 1\)"),
-        ({"alpha": 0}, "alpha=0.*positive"),
-        ({"alpha": -1.0}, "alpha=-1.0.*positive"),
-        ({"alpha": float("nan")}, "alpha=nan.*positive"),
-    ],
-)
-@pytest.mark.parametrize("outer", [Average, SlowMo, NesterovOuter])
+REFUSED = [
+    ({"tau": 0}, "tau=0.*whole number >= 1"),
+    ({"tau": -3}, "tau=-3.*whole number >= 1"),
+    ({"tau": 1.5}, "tau=1.5.*whole number >= 1"),
+    ({"buffers": "restart"}, "'restart': choose one of reset, maintain, average"),
+    ({"beta": 1}, r"beta=1.*\[0, 1\)"),
+    ({"beta": -0.1}, r"beta=-0.1.*\[0, 1\)"),
+    ({"beta": float("nan")}, r"beta=nan.*\[0, 1\)"),
+    ({"alpha": 0}, "alpha=0.*positive"),
+    ({"alpha": -1.0}, "alpha=-1.0.*positive"),
+    ({"alpha": float("nan")}, "alpha=nan.*positive"),
+]
+
+
+@pytest.mark.parametrize("outer, options, remedy", [
+    (outer, *refused) for outer in (Average, SlowMo, NesterovOuter) for refused in REFUSED
+    if outer is not Average or refused[0].keys() <= {"tau", "buffers"}
+])  # fmt: skip
 def test_refusals_name_the_range(outer, options, remedy):
-    if not options.keys() <= inspect.signature(outer.__init__).parameters.keys():
-        pytest.skip("not one of its parameters")
     base = build(quadratic(2), 2, "local_sgd")[1]
     with pytest.raises(ValueError, match=remedy):
         outer(base, **({"tau": 2} | options))

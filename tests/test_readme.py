@@ -1,5 +1,6 @@
 """The README's own text runs as it stands."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -24,3 +25,11 @@ def test_the_loop_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = dict(re.findall(r"worker (\d) of 2: loss ([\d.]+)", done.stdout))
     assert set(losses) == {"0", "1"} and all(float(loss) < 0.5 for loss in losses.values())  # it starts near 10
+
+
+def test_the_table_is_what_the_committed_runs_give():
+    specification = importlib.util.spec_from_file_location("photos_script", ROOT / "scripts/photos.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    block = README.partition(script.START)[2].partition(script.END)[0]
+    assert block.strip() == script.markdown().strip() and "±" in block

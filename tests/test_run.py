@@ -1,4 +1,4 @@
-"""From the command to its results: experiments, golden numbers, foldings; runs that are stopped, killed, damaged, asked for twice."""
+"""From the command to its results: experiments, golden numbers, foldings; runs stopped, killed, damaged, asked for twice."""
 
 import dataclasses
 import importlib.util
@@ -36,11 +36,10 @@ NOISY = ("task=quadratic", "workers=4", "steps=46", "outer.tau=4", "evaluate.eve
          "optimizer.momentum=0.9", "optimizer.nesterov=true", "dtype=float64")  # fmt: skip
 SGP = (*NOISY, "base=sgp")
 PICTURES = ("task=cifar10", "workers=4", "steps=11", "base=sgp", "outer.tau=3", "optimizer.momentum=0.9", "task.batch_size=16",
-            "task.layers=[1,1,1,0]", "task.width=4", "data.train=64", "data.validation=20", "evaluate.every=3", "checkpoint_every=4",
-            "cluster.threads=1")  # fmt: skip
-photos = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in ("skimage", "sklearn")), reason="the photos extra is not installed"
-)
+            "task.layers=[1,1,1,0]", "task.width=4", "data.train=64", "data.validation=20", "evaluate.every=3",
+            "checkpoint_every=4", "cluster.threads=1")  # fmt: skip
+absent = [package for package in ("skimage", "sklearn") if importlib.util.find_spec(package) is None]
+photos = pytest.mark.skipif(bool(absent), reason="the photos extra is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +200,9 @@ def test_through_torchrun(straight, tmp_path):
     """The true launcher, its own processes and its own exit."""
     words = [*SGP, f"runs={tmp_path}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, str(ROOT / "run.py"), *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    real = [*launcher, str(ROOT / "run.py"), *words]
+    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(real, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: ") == 1
     (result,) = tmp_path.glob("*/seed1/result.json")
@@ -233,8 +233,8 @@ class Place:
         return f"{'after' if self.after else 'at'} {self.name} {self.count}"
 
 
-# fsync: config and metrics are opened with two, a metric row takes one, a checkpoint one a worker, one for what is global, one for the
-# manifest. replace: two at the start, then final.npz and result.json
+# fsync: two at the start (metrics, config), one a metric row, and a checkpoint's workers, its global file and its manifest.
+# replace: two at the start, then final.npz and result.json
 PLACES = [
     Place(Tally, "start", 3),  # nothing saved yet
     Place(Tally, "start", 20),
@@ -303,7 +303,7 @@ def test_half_a_metric_row_is_no_row(straight, tmp_path):
 
 @photos
 def test_killed_with_pictures(cache, tmp_path):
-    """A small ResNet: parameters, momenta, SlowMo's x0 and u, push-sum weights and BatchNorm statistics of every worker, bitwise."""
+    """A small ResNet: parameters, momenta, x0 and u, push-sum weights and BatchNorm statistics of every worker, bitwise."""
     words = (*PICTURES, f"data.root={cache}")
     expected = finished(*words, "runs=straight", cwd=tmp_path)
     for step in (6, 6):  # the second counts from the checkpoint of step 4
@@ -420,7 +420,7 @@ def no_object(path):
     path.write_text("[]")
 
 
-unread = pytest.mark.xfail(strict=True, reason="nothing sums the manifest itself: KeyError or TypeError, a traceback, and no fallback")
+unread = pytest.mark.xfail(strict=True, reason="the manifest has no checksum: a KeyError or TypeError, no fallback")
 DAMAGES = [
     (flip, "worker-00002.safetensors"),
     (flip, "global.safetensors"),
@@ -496,7 +496,8 @@ def test_diverged(processes, tmp_path):
     assert done.codes == [0] * processes and "diverged: " in done.out
     (path,) = tmp_path.rglob("result.json")
     result, lines = strict(path), strict(path.parent / "metrics.jsonl")
-    assert result["status"] == "diverged" and result["step"] < 400 and lines[-1]["diverged"] and lines[-1]["step"] == result["step"]
+    assert result["status"] == "diverged" and result["step"] < 400
+    assert lines[-1]["diverged"] and lines[-1]["step"] == result["step"]
     assert result["last"] is None or "diverged" not in result["last"]
     assert not (path.parent / "final.npz").exists()
     before = path.stat().st_mtime_ns
