@@ -112,7 +112,7 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet of basic blocks in its CIFAR form: a 3x3 stem without pooling, `width` channels in the first stage."""
 
     def __init__(self, layers: list[int], width: int, classes: int = 10):
-        if len(layers) != 4 or min(layers[:1]) < 1 or width < 1:
+        if len(layers) != 4 or layers[0] < 1 or min(layers) < 0 or width < 1:
             raise ValueError(f"layers={layers}, width={width}: give four stages, the first of at least one block, and a width >= 1")
         self.first = width
         super().__init__(torchvision.models.resnet.BasicBlock, layers, num_classes=classes)

@@ -129,7 +129,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     messages, lengths = algorithm.sends()
     size, d = replicas.rows.element_size(), replicas.rows.shape[1]
     graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)
-    inboxes = max(len(graph(step)) - 1 for step in range(64)) if graph else 0
+    inboxes = max(len(graph(step)) - 1 for step in range(graph.cycle)) if graph else 0
     globals_ = 0 if algorithm.u is None else 2 * len(algorithm.u)
     fold_text = f"{rows} a process" if node == 1 else f"a worker is {node} processes"
     experiment = HydraConfig.get().runtime.choices.get("experiment")

@@ -1,6 +1,7 @@
-"""Learning-rate schedules: step (counted from 0) -> γ. `lr` is the peak; none of them gives 0 for lr > 0."""
+"""Learning-rate schedules: step (counted from 0) -> γ. `lr` is the peak."""
 
 import bisect
+import itertools
 
 
 class Constant:
@@ -16,14 +17,15 @@ class Step:
 
     warmup, milestones: in parts of the run, which has `of` parts in all (the paper's 200 epochs: warm-up 5, milestones 100, 150, 175,
     of 200), so that a shorter run keeps the shape; `of` null counts in steps. factor: at each milestone. warmup_from: the share of
-    the peak at which the warm-up starts. ValueError for milestones that do not grow or lie past the end.
+    the peak at which the warm-up starts. ValueError for times out of order or past the end.
     """
 
     def __init__(self, lr: float, steps: int, warmup: float, milestones: list[float], of: float | None = None,
                  factor: float = 0.1, warmup_from: float = 0.0):  # fmt: skip
         whole = of or steps
-        if sorted(milestones) != list(milestones) or any(not 0 <= t <= whole for t in [warmup, *milestones]):
-            raise ValueError(f"schedule: warmup={warmup}, milestones={list(milestones)} must grow and lie in [0, {whole}]")
+        times = [0, warmup, *milestones, whole]
+        if not all(earlier <= later for earlier, later in itertools.pairwise(times)):
+            raise ValueError(f"schedule: warmup={warmup} and milestones={list(milestones)} must come in this order within 0 to {whole}")
         self.lr, self.factor, self.warmup_from = lr, factor, warmup_from
         self.warmup = round(warmup * steps / whole)
         self.milestones = [round(t * steps / whole) for t in milestones]

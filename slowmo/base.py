@@ -32,6 +32,7 @@ class LocalSGD:
     def __init__(self, replicas, optimizer: torch.optim.Optimizer):
         _check_optimizer(optimizer, replicas.rows)
         self.replicas, self.optimizer, self.cluster, self.rows = replicas, optimizer, replicas.cluster, replicas.rows
+        self._fresh = _copied(optimizer.state.get(replicas.rows, {}))  # not empty for Adagrad, which fills it before the first step
         self.steps = 0  # finished steps; never restarts
         self.u = None  # no slow momentum
         buckets = self._everybody and self.cluster.size > 1 or self.cluster.node > 1
@@ -58,17 +59,21 @@ class LocalSGD:
         buffers: `reset` leaves the optimizer as if it had never stepped, `maintain` as it is; `average` averages each buffer over the
         workers and keeps counters.
         """
+        if buffers not in BUFFERS:
+            raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
         self.rows.copy_(x)
         self.replicas.publish()
         if buffers == "reset":
             self.optimizer.state.clear()
+            if self._fresh:
+                self.optimizer.state[self.rows] = _copied(self._fresh)
         elif buffers == "average":
             for block in self.optimizer_rows().values():
                 block.copy_(self.cluster.mean(block))
 
     def state(self) -> tuple[dict, dict]:
         """What a run needs to go on: tensors `[n, ...]` of workers, and tensors that are the same for all of them."""
-        shared = {"steps": torch.tensor(self.steps)}
+        shared = {"steps": torch.tensor(self.steps), "lr": torch.tensor(float(self.optimizer.param_groups[0]["lr"]), dtype=torch.float64)}
         for name, value in self.optimizer.state.get(self.rows, {}).items():
             if value is not None and not _is_rows(value, self.rows):
                 shared[f"optimizer.{name}"] = torch.as_tensor(value).detach()
@@ -82,9 +87,12 @@ class LocalSGD:
         self.rows.detach().copy_(rows["z"])
         self.replicas.publish()
         saved = {k.removeprefix("optimizer."): v.clone() for k, v in (rows | shared).items() if k.startswith("optimizer.")}
+        self.optimizer.param_groups[0]["lr"] = float(shared["lr"])
         groups = self.optimizer.state_dict()["param_groups"]
-        # the optimizer's own loader puts each state where that optimizer wants it (Adam's step count stays on the CPU)
+        # the optimizer's own loader puts each state where that optimizer wants it (Adam's step count stays on the CPU) ...
         self.optimizer.load_state_dict({"state": {0: saved} if saved else {}, "param_groups": groups})
+        for name, value in saved.items():  # ... but gives scalars the rows' dtype
+            self.optimizer.state[self.rows][name] = self.optimizer.state[self.rows][name].to(value.dtype)
 
     def sends(self) -> tuple[float, float]:
         """What a worker sends an iteration, on average: (messages, numbers in units of d)."""
@@ -140,7 +148,7 @@ class SGP(LocalSGD):
         self.graph, self.gossip_buffers = graph, gossip_buffers
         self.w = torch.ones(len(self.rows), 1, dtype=self.rows.dtype, device=self.rows.device)
         # shares that are plain numbers: all workers receive what they give, and w is 1 between steps
-        self.regular = not any(isinstance(share, tuple) for step in range(64) for share in graph(step).values())
+        self.regular = not any(isinstance(share, tuple) for step in range(graph.cycle) for share in graph(step).values())
         self._messages = {}
 
     @torch.no_grad()
@@ -182,7 +190,7 @@ class SGP(LocalSGD):
         self.w.copy_(rows["w"])
 
     def sends(self):
-        cycle = [len(self.graph(step)) - 1 for step in range(64)]
+        cycle = [len(self.graph(step)) - 1 for step in range(self.graph.cycle)]
         messages = sum(cycle) / len(cycle)
         blocks = 1 + (len(self.optimizer_rows()) or 1 if self.gossip_buffers else 0)
         return messages * blocks, messages * blocks
@@ -238,7 +246,7 @@ class OSGP(SGP):
         arrivals, self._arrivals = self._arrivals(), None
         shares, w = self._weights()
         # rows + change = (Px) / w before γd is taken off; kept in the message, so that it costs no block of its own
-        change = arrivals[0].mul_(shares[1]) if arrivals else None
+        change = arrivals[0].mul_(shares[1]) if arrivals else None if self.regular else torch.zeros_like(self.rows)
         for share, arrival in zip(shares[2:], arrivals[1:]):
             _add(change, share, arrival)
         if change is not None:
@@ -250,6 +258,12 @@ class OSGP(SGP):
             self.rows.add_(change)
         self.w = w
         self._done()
+
+    def load(self, rows, shared):
+        if self._arrivals is not None:  # a message of the run that is left behind
+            self._arrivals()
+            self._arrivals = None
+        super().load(rows, shared)
 
     def _send_once(self) -> None:
         if self._arrivals is None:
@@ -264,7 +278,7 @@ class DPSGD(OSGP):
 
     def __init__(self, replicas, optimizer, graph=None):
         graph = graph or Ring(replicas.cluster.size)
-        if not all(is_symmetric(graph, step) for step in range(64)):
+        if not all(is_symmetric(graph, step) for step in range(graph.cycle)):
             raise ValueError(f"D-PSGD needs symmetric mixing, {type(graph).__name__} is not: choose base/graph=ring or complete")
         super().__init__(replicas, optimizer, graph)
 
@@ -287,12 +301,14 @@ class Buckets:
                 slices.append((start, stop))
                 stop, full = start, megabytes * 2**20
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
-        self._clear()
+        self.sums, self.handles = [], []
         if self.cluster.processes > 1:
-            replicas.on_gradient(self._arrived)
+            replicas.on_gradient(self._arrived, when=lambda: self.armed)
 
     def arm(self) -> None:
-        """The next backward of each replica is the last one before `finish`."""
+        """The next backward of each replica is the last one before `finish`. What a skipped step left under way is dropped."""
+        self._wait()
+        self._clear()
         self.armed = True
 
     @torch.no_grad()
@@ -300,16 +316,20 @@ class Buckets:
         """Send what is left, wait, and leave the mean in every row."""
         while len(self.sums) < len(self.slices):
             self._send()
-        grads = self.replicas.rows.grad
+        self._wait()
+        grads = self.replicas.gradients()
         count = self.cluster.node if self.inside else self.cluster.processes * len(grads)
-        for (start, stop), total, handle in zip(self.slices, self.sums, self.handles):
-            if handle is not None:
-                handle.wait()
+        for (start, stop), total in zip(self.slices, self.sums):
             total.div_(count)
             if len(grads) > 1:
                 grads[:, start:stop] = total
         self.armed = False
         self._clear()
+
+    def _wait(self) -> None:
+        for handle in self.handles:
+            if handle is not None:
+                handle.wait()
 
     def _clear(self) -> None:
         self.sums, self.handles = [], []
@@ -318,16 +338,14 @@ class Buckets:
             self.missing[bucket] += len(self.replicas.models)
 
     @torch.no_grad()
-    def _arrived(self, offset: int, numel: int) -> None:
-        if not self.armed:
-            return
+    def _arrived(self, offset: int) -> None:
         self.missing[self.bucket_of[offset]] -= 1
         while len(self.sums) < len(self.slices) and self.missing[len(self.sums)] <= 0:
             self._send()
 
     def _send(self) -> None:
         start, stop = self.slices[len(self.sums)]
-        grads = self.replicas.rows.grad[:, start:stop]
+        grads = self.replicas.gradients()[:, start:stop]
         total = grads[0] if len(grads) == 1 else grads.sum(0)
         self.sums.append(total)
         self.handles.append(self.cluster.reduce(total, inside=self.inside, wait=False))
@@ -336,6 +354,10 @@ class Buckets:
 def _add(block: torch.Tensor, share, arrival: torch.Tensor) -> None:
     """block += share * arrival, without a temporary."""
     block.add_(arrival, alpha=share) if not isinstance(share, torch.Tensor) else block.addcmul_(arrival, share)
+
+
+def _copied(state: dict) -> dict:
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def _is_rows(value, rows: torch.Tensor) -> bool:
@@ -352,13 +374,14 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> No
     name = type(optimizer).__name__
     remedy = f"{name} is not elementwise, it would mix workers: choose one that is (SGD, Adam, AdamW, RMSprop, Adagrad, ...)"
     kernels = ("fused", "foreach", "capturable")  # how it is computed, not what
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k in optimizer.defaults and k not in kernels} | {"lr": 0.1}
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params" and k not in kernels} | {"lr": 0.1}
     start = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]], dtype=torch.float64)
     results = []
     try:
         for pieces in ([start], list(start.reshape(-1, 1, 1))):
             pieces = [torch.nn.Parameter(piece.clone()) for piece in pieces]
-            twin = type(optimizer)(pieces, **options)
+            twin = type(optimizer)(pieces, lr=0.1)
+            twin.param_groups[0].update(options)
             for scale in (1.0, -0.3):
                 for p in pieces:
                     p.grad = scale * p.detach() ** 2

@@ -100,7 +100,7 @@ def _read(path: Path, cluster) -> tuple[dict, dict, dict, dict]:
             own[key.removeprefix("own.")] = value[:, cluster.lane]
         else:
             own[key.removeprefix("own.")] = value.mean(1)
-    return rows, own, load_file(path / "global.safetensors", device=device), manifest["state"]
+    return rows, own, load_file(path / "global.safetensors"), manifest["state"]
 
 
 def _write(path: Path, tensors: dict) -> str:

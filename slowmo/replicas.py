@@ -65,8 +65,13 @@ class Replicas:
         for p, x, g, _ in self._entries:
             if p.grad is not g:
                 self._land(p, g)
+        self.gradients()
+
+    def gradients(self) -> torch.Tensor:
+        """The block `[n, d]` of gradients. RuntimeError when somebody took it away."""
         if self.rows.grad is None:
             raise RuntimeError("rows.grad is gone: do not call optimizer.zero_grad(), the algorithm's step zeroes the gradients")
+        return self.rows.grad
 
     def publish(self) -> None:
         """Copy rows to the parameters that are not views (those of another dtype)."""
@@ -74,13 +79,14 @@ class Replicas:
             if p.dtype != x.dtype:
                 p.data.copy_(x)
 
-    def on_gradient(self, call) -> None:
-        """After backward has written a parameter's gradient, `call(offset, numel)`: its slice of the row, once a replica."""
+    def on_gradient(self, call, when) -> None:
+        """After backward has written a parameter's gradient, and if `when()`, `call(offset)`: its place in the row, once a replica."""
 
         def hook(p, g, offset):
-            if p.grad is not g:
-                self._land(p, g)
-            call(offset, p.numel())
+            if when():
+                if p.grad is not g:
+                    self._land(p, g)
+                call(offset)
 
         for p, _, g, offset in self._entries:
             p.register_post_accumulate_grad_hook(lambda p, g=g, offset=offset: hook(p, g, offset))

@@ -5,7 +5,8 @@ Every graph of the paper looks the same from every worker, so a graph is a funct
     graph(step) -> {hop: share}     worker j sends `share` of itself to worker j + hop (mod m); hop 0 is what it keeps
 
 The shares of a sender add up to 1 (column-stochastic mixing, what push-sum needs). A share is a number when it is the same for all
-workers, or a tuple of m numbers, one a sender. Steps count from 0 and never restart.
+workers, or a tuple of m numbers, one a sender. Steps count from 0 and never restart. graph.size is m; after graph.cycle steps the graph
+repeats.
 """
 
 import torch
@@ -22,18 +23,19 @@ class Exponential:
         if peers < 1:
             raise ValueError(f"peers={peers}: a worker sends to at least one peer a step, set peers=1 or 2")
         self.size, self.peers = size, peers
+        # bit_length is floor(log2(m - 1)) + 1 in integers; logarithms in floats are wrong for some m
+        self.rounds = (size - 1).bit_length()
+        self.cycle = max(1, self.rounds)
 
     def __call__(self, step: int) -> dict[int, float]:
-        # bit_length is floor(log2(m - 1)) + 1 in integers; logarithms in floats are wrong for some m
-        rounds = (self.size - 1).bit_length()
-        return _equal([2 ** ((self.peers * step + k) % rounds) for k in range(self.peers)] if rounds else [])
+        return _equal([2 ** ((self.peers * step + k) % self.rounds) for k in range(self.peers)] if self.rounds else [])
 
 
 class Ring:
     """Undirected ring: a third to each neighbour, a third kept (a half and a half for m = 2). Symmetric: fit for D-PSGD."""
 
     def __init__(self, size: int):
-        self.size = size
+        self.size, self.cycle = size, 1
 
     def __call__(self, step: int) -> dict[int, float]:
         return _equal([hop % self.size for hop in (1, -1) if hop % self.size])
@@ -43,7 +45,7 @@ class Complete:
     """Everybody to everybody: one round is the exact average. m - 1 messages a worker: for comparison, not for speed."""
 
     def __init__(self, size: int):
-        self.size = size
+        self.size, self.cycle = size, 1
 
     def __call__(self, step: int) -> dict[int, float]:
         return _equal(range(1, self.size))
@@ -64,7 +66,7 @@ class Mixing:
             raise ValueError("a mixing matrix needs entries >= 0 and columns that sum to 1: what a worker keeps and sends is all it has")
         if (stack.diagonal(dim1=1, dim2=2) <= 0).any():
             raise ValueError("a mixing matrix needs a positive diagonal: a worker that keeps nothing can end up with weight 0")
-        self.size = size
+        self.size, self.cycle = size, len(stack)
         self.rounds = [self._shares(matrix) for matrix in stack]
 
     def _shares(self, matrix: torch.Tensor) -> dict[int, tuple[float, ...]]:

@@ -52,7 +52,7 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tal
         algorithm.start()
         batches = task.batches(step, cluster.ranks, (cluster.lane, cluster.node))
         for row, (model, batch) in enumerate(zip(replicas.models, batches)):
-            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + cluster.ranks[row]) * 1_009 + cluster.lane)
+            torch.manual_seed((((seed * 1_000_003 + step) * 65_537 + cluster.ranks[row]) * 1_009 + cluster.lane) % 2**63)
             loss = task.loss(model, batch)
             loss.backward()
             tally.losses[row] += loss.detach()
@@ -68,13 +68,15 @@ def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", sa
 
     norms: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
     to 16 workers). samples: how many validation samples each worker's own model is judged on (None: all of them).
-    Changes nothing that training sees. Collective: every process calls it and gets the same row; the losses are counted anew.
+    Changes nothing that training sees. Collective: every process calls it and gets the same row, but for its own clock; the losses are
+    counted anew.
     """
     if norms not in NORMS:
         raise ValueError(f"norms={norms!r}: choose one of {', '.join(NORMS)}")
     tally.settle()
-    cluster, rows = replicas.cluster, replicas.rows.detach()
-    x = algorithm.average()
+    cluster, rows = replicas.cluster, replicas.rows.detach()[:, : replicas.parameters]
+    x = algorithm.average()[:, : replicas.parameters]
+    u = None if algorithm.u is None else algorithm.u[:, : replicas.parameters]
     buffers = replicas.buffers()
     if norms == "local":
         mean = buffers[:1].clone()
@@ -96,8 +98,10 @@ def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", sa
 
     band = []
     for replica in replicas.models:
+        modes = [(module, module.training) for module in replica.modules()]
         sums = task.evaluate(replica.eval(), (0, 1), samples)
-        replica.train()
+        for module, training in modes:  # one by one: a frozen BatchNorm stays frozen
+            module.training = training
         band.append([sums[name] / sums["count"] for name in totals])
     band = torch.tensor(band, dtype=torch.float64, device=replicas.rows.device)
     low, high = band.amin(0), band.amax(0)
@@ -109,14 +113,14 @@ def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", sa
     # row by row: no temporary of the block's size
     apart = torch.stack([(row_ - x[0]).double().square().sum() for row_ in rows]).sum()
     losses = tally.losses.sum() / tally.count if tally.count else torch.tensor(math.nan, dtype=torch.float64)
-    moving = torch.zeros((), dtype=torch.float64) if algorithm.u is None else algorithm.u.double().square().sum(1).mean()
+    moving = torch.zeros((), dtype=torch.float64) if u is None else u.double().square().sum(1).mean()
     means = torch.stack([t.to(rows.device) for t in (apart / len(rows), losses / len(rows), moving)])
     cluster.reduce(means)
     apart, losses, moving = (means / cluster.processes).tolist()
     row |= {
         "train_loss": losses if tally.count else None,
         "spread": math.sqrt(apart),
-        "u_norm": None if algorithm.u is None else math.sqrt(moving),
+        "u_norm": None if u is None else math.sqrt(moving),
         "seconds": tally.seconds,
         "evaluated": f"average of {cluster.size} workers, norms: {norms}",
     }

@@ -293,12 +293,7 @@ def test_a_run_saved_anywhere_goes_on_bitwise(base, outer, optimizer):
         assert_same(saved, states[stop])
 
 
-@pytest.mark.parametrize("name", [
-    "RMSprop", "Adagrad", "RAdam", "Adadelta", "Adamax",
-    pytest.param("NAdam", marks=pytest.mark.xfail(
-        strict=True, reason="load_state_dict turns NAdam's float32 mu_product into float64 beside float64 rows")),
-    pytest.param("AdamW", marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="wrongly refused, see test_base.py")),
-])  # fmt: skip
+@pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "RAdam", "Adadelta", "Adamax", "NAdam", "AdamW"])
 def test_other_optimizers_go_on_bitwise(name):
     def optimizer(rows):
         return getattr(torch.optim, name)([rows], lr=0.1)

@@ -267,18 +267,11 @@ def processes():
     return spawn(strange_on_processes, 2)
 
 
-@pytest.mark.parametrize("case", [
-    "forget", "zero", "zero_rows", "discarded", "bfloat16",
-    pytest.param("bfloat16 discarded", marks=pytest.mark.xfail(
-        strict=True, reason="the bucket hook adds a bfloat16 gradient to the row, where model.zero_grad() does not find it")),
-    pytest.param("skipped", marks=pytest.mark.xfail(
-        strict=True, reason="buckets that left before a step was skipped are taken for those of the next one")),
-])  # fmt: skip
+@pytest.mark.parametrize("case", ["forget", "zero", "zero_rows", "discarded", "bfloat16", "bfloat16 discarded", "skipped"])
 def test_zero_grad_of_a_stranger_changes_nothing_on_processes(processes, case):
     assert all(result[case] for result in processes)
 
 
-@pytest.mark.xfail(strict=True, reason="the bucket hook meets rows.grad = None before `collect` can explain: a bare TypeError")
 def test_an_optimizer_that_threw_away_the_rows_gradient_is_an_error_on_processes(processes):
     assert all("do not call optimizer.zero_grad()" in result["error"] for result in processes)
 

@@ -77,7 +77,8 @@ def assert_close_run(folder, expected) -> None:
     for name in right:
         np.testing.assert_allclose(left[name], right[name], rtol=1e-12, atol=1e-12)
     for row, other in zip(rows(folder), rows(expected), strict=True):
-        assert row.pop("evaluated") == other.pop("evaluated")
+        texts = ("evaluated", "u_norm") if other["u_norm"] is None else ("evaluated",)
+        assert all(row.pop(name) == other.pop(name) for name in texts)
         assert row == pytest.approx(other, rel=1e-9, abs=1e-12)
 
 
@@ -201,8 +202,8 @@ def test_through_torchrun(straight, tmp_path):
     words = [*SGP, f"runs={tmp_path}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     real = [*launcher, str(ROOT / "run.py"), *words]
-    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run(real, check=False, **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(real, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: ") == 1
     (result,) = tmp_path.glob("*/seed1/result.json")
@@ -211,6 +212,11 @@ def test_through_torchrun(straight, tmp_path):
 
 
 # ---- stopped and killed runs
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(tmp_path_factory):
+    return finished(*SGP, cwd=tmp_path_factory.mktemp("two"), processes=2)
 
 
 def die():
@@ -259,9 +265,9 @@ def test_killed_anywhere_a_run_ends_as_if_nothing_had_happened(place, straight, 
 
 
 def test_killed_again_and_again(straight, tmp_path):
-    """One run, at moments of a fixed seed; three of them bring it no further than it was."""
+    """One run, at moments of a fixed seed; some of them bring it no further than it was."""
     rng = random.Random(20)
-    for steps in [rng.randint(1, 12) for _ in range(5)]:
+    for steps in [rng.randint(1, 12) for _ in range(4)]:
         assert command(*SGP, cwd=tmp_path, before=Place(Tally, "start", steps)).code == -signal.SIGKILL
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
 
@@ -273,24 +279,22 @@ def test_killed_by_the_clock(straight, tmp_path):
     def before(delay):
         return lambda rank: at_call(Tally, "start", 1, threading.Timer(delay, die).start)
 
-    for _ in range(4):
+    for _ in range(3):
         killed += command(*SGP, cwd=tmp_path, before=before(rng.uniform(0, 0.02))).code == -signal.SIGKILL
     assert killed
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
 
 
-def test_killed_as_one_of_two_processes(tmp_path):
+def test_killed_as_one_of_two_processes(straight_on_two, tmp_path):
     """The other one notices (here soon, by its timeout); both together go on later."""
     words = (*SGP, "cluster.timeout=20")
-    expected = finished(*words, "runs=straight", cwd=tmp_path, processes=2)
     started = Command(*words, cwd=tmp_path, processes=2, before=lambda rank: rank and Place(Tally, "start", 30)(rank))
     try:
         done = started.wait(60)
     finally:
         started.kill()
     assert done.codes[1] == -signal.SIGKILL and done.codes[0] != 0
-    folder = finished(*words, cwd=tmp_path, processes=2)
-    assert_same_run(folder, expected)
+    assert_same_run(finished(*words, cwd=tmp_path, processes=2), straight_on_two)
 
 
 def test_half_a_metric_row_is_no_row(straight, tmp_path):
@@ -342,13 +346,12 @@ def test_a_signal_at_the_last_step_changes_nothing(straight, tmp_path):
     assert_same_run(finished(*SGP, cwd=tmp_path, before=signal_at_step(46, signal.SIGTERM)), straight)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_of_two_processes(rank, tmp_path):
-    expected = finished(*SGP, "runs=straight", cwd=tmp_path, processes=2)
-    done = command(*SGP, cwd=tmp_path, processes=2, before=signal_at_step(13, signal.SIGUSR1, only=rank))
+def test_a_signal_to_one_of_two_processes(straight_on_two, tmp_path):
+    """To the one that does not print."""
+    done = command(*SGP, cwd=tmp_path, processes=2, before=signal_at_step(13, signal.SIGUSR1, only=1))
     assert done.codes == [128 + signal.SIGUSR1] * 2
     assert done.out.count("SIGUSR1: saved at step 14; the same command goes on") == 1  # 14: the next step at which they meet
-    assert_same_run(finished(*SGP, cwd=tmp_path, processes=2), expected)
+    assert_same_run(finished(*SGP, cwd=tmp_path, processes=2), straight_on_two)
 
 
 @pytest.mark.parametrize("words, bitwise", [(("base=sgp", "outer=none"), True), (("base=local_sgd",), False)])
@@ -427,7 +430,6 @@ DAMAGES = [
     (halve, "worker-00000.safetensors"),
     (halve, "manifest.json"),
     (Path.unlink, "worker-00003.safetensors"),
-    (Path.unlink, "manifest.json"),
     pytest.param(rename_count, "manifest.json", marks=unread),
     pytest.param(no_object, "manifest.json", marks=unread),
 ]
@@ -548,8 +550,7 @@ def test_the_folder_is_a_function_of_the_config(tmp_path):
         "another order": base[::-1],
         "the default, said": (*base, "outer.tau=12", "outer=slowmo", "base/graph=exponential", "task.noise=0.0"),
         "a device": (*base, "cluster.device=cpu", "cluster.threads=1", "cluster.timeout=5"),
-        "how often it saves": (*base, "checkpoint_every=3"),
-        "where data lie": (*base, "data.root=elsewhere"),
+        "how often it saves, where data lie": (*base, "checkpoint_every=3", "data.root=elsewhere"),
     }
     assert {name: folder(*words) for name, words in same.items()} == dict.fromkeys(same, plain)
     seeded, elsewhere = folder(*base, "seed=3"), folder(*base, "runs=there")
@@ -564,7 +565,6 @@ def test_the_folder_is_a_function_of_the_config(tmp_path):
         "plain": plain,
         "tau": folder(*base, "outer.tau=5"),
         "steps": folder(*base, "steps=11"),
-        "dtype": folder(*base, "dtype=float64"),
         "graph": folder(*base, "base/graph=ring"),
         "evaluations": folder(*base, "evaluate.every=7"),
         "outer": folder(*base, "outer=average"),
