@@ -40,14 +40,14 @@ def main(cfg: DictConfig) -> None:
         schedule = plan.build(cfg.schedule, lr=cfg.optimizer.lr, steps=steps)
         summary = plan.rehearse(cfg, task, schedule, steps)
         path = folder.of(cfg, task)
-        if leading:
-            print(plan.show(summary, path) if cfg.dry_run else f"{path}: {summary['title']}", flush=True)
         if not cfg.dry_run:
             # a first batch: data that are missing, or do not divide, are found before anything is written
             next(iter(task.batches(0, range(1), (0, fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))[1]))))
-            with _locked(path, leading):
-                execute(cfg, task, schedule, steps, path)
-    except (ValueError, FileNotFoundError, BlockingIOError) as error:
+        if leading:
+            print(plan.show(summary, path) if cfg.dry_run else f"{path}: {summary['title']}", flush=True)
+        if not cfg.dry_run:
+            execute(cfg, task, schedule, steps, path)
+    except (ValueError, OSError) as error:
         if leading or torch.distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
@@ -62,6 +62,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
             print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
         return
     cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
+    lock = _lock(path, cluster)
     replicas = Replicas(task.model(), cluster)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     algorithm = plan.build(cfg.base, replicas, optimizer)
@@ -125,6 +126,8 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
             book.final(algorithm)
         book.close(status, algorithm.steps, tally.seconds)
         progress.say(f"{status}: {path / 'result.json'}")
+    if lock:
+        lock.close()
     cluster.close()
 
 
@@ -155,24 +158,19 @@ class _signals:
             signal.signal(number, handler)
 
 
-class _locked:
-    """One run a folder at a time: the first process holds a lock that the kernel drops when it ends, however it ends."""
-
-    def __init__(self, path: Path, leading: bool):
-        self.path, self.leading, self.file = path, leading, None
-
-    def __enter__(self):
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.leading:
-            self.file = open(self.path / ".lock", "w")
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BlockingIOError(f"{self.path} is being written by another run: wait for it, or end it") from None
-
-    def __exit__(self, *_):
-        if self.file:
-            self.file.close()
+def _lock(path: Path, cluster: Cluster):
+    """One run a folder at a time: process 0 holds a lock that the kernel drops when it ends, however it ends. BlockingIOError for all."""
+    file, free = None, True
+    if cluster.leader:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+    if not cluster.tell(free):
+        raise BlockingIOError(f"{path} is being written by another run: wait for it, or end it")
+    return file
 
 
 if __name__ == "__main__":

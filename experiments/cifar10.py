@@ -13,9 +13,9 @@ from experiments.torchvision_cpu import torchvision
 class Cifar10:
     """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
 
-    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
-    ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). Pictures live on the device as bytes; crop (4 pixels of padding), flip and
-    normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch,
+    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the
+    first ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). Pictures live on the device as bytes; crop (4 pixels of
+    padding), flip and normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch,
     worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
@@ -25,7 +25,9 @@ class Cifar10:
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
                  width: int, channels_last: bool = True):  # fmt: skip
-        if batch_size % workers:
+        if data.name not in ("photos", "cifar10"):
+            raise ValueError(f"data.name={data.name}: choose data=photos or data=cifar10")
+        if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.workers, self.seed, self.batch = workers, seed, batch_size // workers
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)

@@ -43,7 +43,7 @@ def of(cfg: DictConfig, task) -> Path:
     plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command
-    parts = [f"{k}={v}" for k, v in [*sorted(groups.items()), *sorted(changed.items())]]
+    parts = [f"{k}={v}".removesuffix(".0") for k, v in [*sorted(groups.items()), *sorted(changed.items())]]  # 1.0 is 1
     if task.fingerprint:
         parts.append(f"problem={task.fingerprint}")
     text = re.sub(r"[^\w.,=+-]", "_", "".join(f",{part}" for part in parts))

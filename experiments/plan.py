@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from slowmo.cluster import Cluster, fold
+from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
 from slowmo.train import NORMS
 
@@ -20,10 +21,11 @@ def check(cfg: DictConfig) -> None:
     """ValueError, with the remedy, for unknown keys and values that no run can have."""
     bare = hydra.compose("config", overrides=[f"{group}={choice}" for group, choice in choices().items()])
     known = flat(bare)
-    for key in flat(cfg):
+    for key, value in flat(cfg).items():
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
+        _like(key, value, known[key])
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"no value for {', '.join(sorted(missing))}: give it on the command line")
@@ -31,15 +33,16 @@ def check(cfg: DictConfig) -> None:
         _whole(name, cfg[name])
     _whole("evaluate.every", cfg.evaluate.every)
     _whole("seed", cfg.seed, 0)
-    if cfg.evaluate.worker_samples is not None:
-        _whole("evaluate.worker_samples", cfg.evaluate.worker_samples)
+    for name in ("evaluate.worker_samples", "cluster.threads"):
+        if OmegaConf.select(cfg, name) is not None:
+            _whole(name, OmegaConf.select(cfg, name))
     if (cfg.steps is None) == (cfg.epochs is None):
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
     if cfg.dtype not in ("float32", "float64"):
         raise ValueError(f"dtype={cfg.dtype}: rows are float32 or float64")
     if cfg.evaluate.norms not in NORMS:
         raise ValueError(f"evaluate.norms={cfg.evaluate.norms}: choose one of {', '.join(NORMS)}")
-    if not (isinstance(cfg.optimizer.lr, (int, float)) and 0 < cfg.optimizer.lr < math.inf):
+    if not 0 < cfg.optimizer.lr < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr}: a learning rate is a positive number")
     fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))
     meets = cfg.outer.get("_target_") is not None and cfg.outer.get("exact", True)
@@ -76,6 +79,8 @@ def device(name: str) -> str:
         if not torch.cuda.is_available():
             raise ValueError("cluster.device=cuda, but torch sees no GPU: install a CUDA build of torch or set cluster.device=cpu")
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if name != "cpu":
+        raise ValueError(f"cluster.device={name}: choose auto, cpu or cuda")
     return name
 
 
@@ -98,7 +103,7 @@ def steps(cfg: DictConfig, task) -> int:
     if cfg.steps is not None:
         _whole("steps", cfg.steps)
         return cfg.steps
-    if not (isinstance(cfg.epochs, (int, float)) and cfg.epochs > 0):
+    if not (isinstance(cfg.epochs, (int, float)) and 0 < cfg.epochs < math.inf):
         raise ValueError(f"epochs={cfg.epochs}: a positive number of passes over the training set")
     return max(1, round(cfg.epochs * task.steps_per_epoch))
 
@@ -123,18 +128,18 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     optimizer.state[replicas.rows] = {name: torch.empty_like(replicas.rows) for name in names}
     tau = getattr(algorithm, "tau", None)
     slow = range(tau - 1, steps, tau) if tau else range(0)
-    for step in slow:
+    for step in slow if type(algorithm) is SlowMo else ():
         if schedule(step) == 0:
-            raise ValueError(f"the learning rate is 0 at the slow step after step {step + 1}, and line 7 divides by it: end the schedule above 0")
+            raise ValueError(f"the learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
     messages, lengths = algorithm.sends()
     size, d = replicas.rows.element_size(), replicas.rows.shape[1]
     graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)
     inboxes = max(len(graph(step)) - 1 for step in range(graph.cycle)) if graph else 0
     globals_ = 0 if algorithm.u is None else 2 * len(algorithm.u)
-    fold_text = f"{rows} a process" if node == 1 else f"a worker is {node} processes"
+    where = f"{rows} a process" if node == 1 else f"a worker is {node} processes"
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     return {
-        "title": f"{cfg.workers} workers on {processes} process{'es' * (processes > 1)} ({fold_text}), {steps} steps, seed {cfg.seed}",
+        "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, seed = {cfg.seed}",
         "experiment": experiment or "-",
         "iterations": steps,
         "slow steps": len(slow),
@@ -164,6 +169,26 @@ class _Rehearsal(Cluster):
     def __init__(self, size: int, rows: int):
         self.size, self.ranks, self.node, self.lane, self.process, self.processes = size, range(rows), 1, 0, 0, 1
         self.device, self.leader, self._started_here = torch.device("meta"), True, False
+
+
+def _like(key: str, value, default) -> None:
+    """ValueError where a number, truth value or list stands by default and something else is given."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    interpolated = isinstance(value, str) and value.startswith("${")
+    if value is None and default is None or interpolated:
+        return
+    if isinstance(default, str) and (default == "???" or default.startswith("${")):
+        return
+    for kind, fits, like in (
+        (bool, isinstance(value, bool), "true or false"),
+        ((int, float), number, f"a number, like {default}"),
+        (list, isinstance(value, list), f"a list, like {default}"),
+        (str, isinstance(value, str), "a word"),
+    ):
+        if isinstance(default, kind):
+            if not fits:
+                raise ValueError(f"{key}={value}: give {like}")
+            return
 
 
 def _whole(name: str, value, least: int = 1) -> None:

@@ -1,6 +1,8 @@
 """Quadratics: worker i minimises f_i(x) = 1/2 (x - b_i)' A_i (x - b_i), with optional gradient noise. For exact checks and theory."""
 
 import hashlib
+import math
+import zipfile
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ class Quadratic:
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, dimension: int = 16, spread: float = 1.0,
                  noise: float = 0.0, problem: str | None = None):  # fmt: skip
+        if dimension < 1 or noise < 0 or not math.isfinite(spread):
+            raise ValueError(f"task: dimension={dimension} >= 1, noise={noise} >= 0 and a finite spread={spread} are needed")
         self.seed, self.noise, self.fingerprint = seed, noise, None
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         if problem is None:
@@ -31,13 +35,16 @@ class Quadratic:
         self.A, self.b, self.x0 = (torch.as_tensor(t).to(self.device, self.dtype) for t in (A, b, x0))
 
     def _read(self, path: str, workers: int):
-        with open(path, "rb") as file:
-            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        try:
+            with open(path, "rb") as file:
+                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        except OSError as error:
+            raise FileNotFoundError(f"task.problem={path}: {error.strerror}; give an .npz with A [m, d, d], b [m, d] and x0 [d]") from error
         try:
             with np.load(path, allow_pickle=False) as archive:
                 A, b, x0 = archive["A"], archive["b"], archive["x0"]
-        except (KeyError, OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not an .npz with A [m, d, d], b [m, d] and x0 [d]: {error}") from error
+        except (KeyError, OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"task.problem={path} is not an .npz with A [m, d, d], b [m, d] and x0 [d] as numbers") from error
         m, d = len(A) if A.ndim else 0, x0.shape[-1] if x0.ndim else 0
         if A.shape != (m, d, d) or b.shape != (m, d) or x0.shape != (d,):
             raise ValueError(f"{path}: A {A.shape}, b {b.shape}, x0 {x0.shape} are not [m, d, d], [m, d], [d]")

@@ -23,6 +23,8 @@ class Step:
     def __init__(self, lr: float, steps: int, warmup: float, milestones: list[float], of: float | None = None,
                  factor: float = 0.1, warmup_from: float = 0.0):  # fmt: skip
         whole = of or steps
+        if not 0 <= factor <= 1 or not 0 <= warmup_from <= 1:
+            raise ValueError(f"schedule: factor={factor} and warmup_from={warmup_from} lie in [0, 1]")
         times = [0, warmup, *milestones, whole]
         if not all(earlier <= later for earlier, later in itertools.pairwise(times)):
             raise ValueError(f"schedule: warmup={warmup} and milestones={list(milestones)} must come in this order within 0 to {whole}")

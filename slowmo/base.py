@@ -192,7 +192,7 @@ class SGP(LocalSGD):
     def sends(self):
         cycle = [len(self.graph(step)) - 1 for step in range(self.graph.cycle)]
         messages = sum(cycle) / len(cycle)
-        blocks = 1 + (len(self.optimizer_rows()) or 1 if self.gossip_buffers else 0)
+        blocks = 1 + (len(self.optimizer_rows()) if self.gossip_buffers else 0)
         return messages * blocks, messages * blocks
 
     def _send(self, block: torch.Tensor, name: str):

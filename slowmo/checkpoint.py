@@ -43,9 +43,9 @@ def save(folder: Path, step: int, cluster, rows: dict, own: dict, shared: dict, 
         sums["global.safetensors"] = _write(aside / "global.safetensors", shared)
     sums = {name: digest for part in cluster.gather(sums) for name, digest in part.items()}
     if cluster.leader:
-        manifest = {"format": FORMAT, "step": step, "workers": cluster.size, "state": state, "sha256": sums}
+        body = {"format": FORMAT, "step": step, "workers": cluster.size, "state": state, "sha256": sums}
         with open(aside / "manifest.json", "w") as file:
-            json.dump(manifest, file, indent=1)
+            json.dump({"sha256": _digest_of(body), "body": body}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.rename(aside, final)
@@ -68,8 +68,8 @@ def load(folder: Path, cluster) -> tuple[tuple[dict, dict, dict, dict] | None, l
         path = Path(path)
         try:
             loaded, problem = _read(path, cluster), ""
-        except (OSError, ValueError, KeyError) as error:
-            loaded, problem = None, str(error)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            loaded, problem = None, f"{error}"
         problems = [text for text in cluster.gather(problem) if text]
         if not problems:
             return loaded, complaints
@@ -79,11 +79,16 @@ def load(folder: Path, cluster) -> tuple[tuple[dict, dict, dict, dict] | None, l
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
         cluster.barrier()
+    if complaints:
+        complaints.append("no whole checkpoint is left: starting afresh")
     return None, complaints
 
 
 def _read(path: Path, cluster) -> tuple[dict, dict, dict, dict]:
-    manifest = json.loads((path / "manifest.json").read_text())
+    whole = json.loads((path / "manifest.json").read_text())
+    manifest = whole["body"]
+    if whole["sha256"] != _digest_of(manifest):
+        raise ValueError("manifest.json does not match its checksum")
     if manifest["format"] != FORMAT or manifest["workers"] != cluster.size:
         raise ValueError(f"format {manifest['format']} with {manifest['workers']} workers, not {FORMAT} with {cluster.size}")
     for name in ["global.safetensors", *(f"worker-{worker:05d}.safetensors" for worker in cluster.ranks)]:
@@ -113,6 +118,10 @@ def _write(path: Path, tensors: dict) -> str:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _found(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ class Average:
     """
 
     def __init__(self, base, tau: int, buffers: str = "maintain"):
-        if int(tau) != tau or tau < 1:
+        if tau != int(tau) or tau < 1:
             raise ValueError(f"tau={tau}: the number of inner steps between slow steps is a whole number >= 1")
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
@@ -57,7 +57,7 @@ class Average:
         messages, lengths = self.base.sends()
         m, blocks = self.cluster.size, 1
         if self.buffers == "average":
-            blocks += len(self.base.optimizer_rows()) or 1
+            blocks += len(self.base.optimizer_rows())
         return messages + 2 * (m - 1) * blocks / self.tau, lengths + 2 * (m - 1) / m * blocks / self.tau
 
 
