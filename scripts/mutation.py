@@ -1,9 +1,9 @@
 """Break each statement of outer.py and base.py in turn; a test must notice.
 
-    python scripts/mutation.py [--jobs 1] [--only outer.py:40]
+    python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--all]
 
-A mutant removes a statement, negates a condition, returns None, swaps + and -, * and /, < and <=, or adds 1 to a number. Each runs the
-quick tests first and the slower ones if it survives those. Prints the survivors and the count.
+A mutant removes a statement, negates a condition or returns None; with --all also swaps + and -, * and /, < and <=, negates a truth
+value or adds 1 to a number. Each runs the quick tests first and the slower ones if it survives those. Prints the survivors and the count.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = ("outer.py", "base.py")
+STATEMENTS = ("removed", "returns None", "condition negated")
 SUITES = (["test_golden.py"], ["test_outer.py", "test_base.py"], ["test_plan.py"], ["test_replicas.py", "test_foldings.py"])
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
@@ -99,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="mutants whose name starts so")
+    parser.add_argument("--all", action="store_true", help="operators and numbers too, not statements alone")
     options = parser.parse_args()
     # what the tests import and the mutants do not touch, once for all children
     import hydra  # noqa: F401
@@ -108,6 +110,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(options.only)]
+    found = [mutant for mutant in found if options.all or any(f" {kind}:" in mutant[0] for kind in STATEMENTS)]
     alive = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, (mutant, survived) in enumerate(zip(found, pool.map(survives, found)), 1):

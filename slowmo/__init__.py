@@ -1,6 +1,6 @@
 """SlowMo: slow momentum for communication-efficient distributed SGD (Wang, Tantia, Ballas, Rabbat, ICLR 2020)."""
 
-from slowmo.base import SGP, OSGP, DPSGD, AllReduce, LocalSGD
+from slowmo.base import DPSGD, OSGP, SGP, AllReduce, LocalSGD
 from slowmo.cluster import Cluster
 from slowmo.outer import Average, NesterovOuter, SlowMo
 from slowmo.replicas import Replicas

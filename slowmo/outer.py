@@ -2,8 +2,8 @@
 
     u <- β u + (x0 - x) / γ         x0 <- x0 - α γ u           x: the average of the workers, every τ inner steps
 
-An outer wraps a base (base.py) and has its verbs: `start()` before the gradients, `step(lr)` after them. Steps count from 0; a slow
-step comes after step k when k is a multiple of τ. x0 is taken when the outer is built, before the first step. Memory: x0 and u, `[1, d]`
+An outer wraps a base (base.py) and has its verbs: `start()` before the gradients, `step(lr)` after them. k counts finished inner steps;
+a slow step comes after each k that τ divides. x0 is taken when the outer is built, before the first step. Memory: x0 and u, `[1, d]`
 each, and two temporaries `[1, d]` at a slow step; with exact=False these are `[n, d]`.
 """
 
