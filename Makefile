@@ -2,13 +2,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help run test test-slow clean
+.PHONY: help run test clean
 
 help:
-	@echo 'make run        set up, then the quickstart: SGP, SlowMo over SGP, and the two compared'
-	@echo 'make test       set up, then the tests that take seconds'
-	@echo 'make test-slow  set up, then the tests that take minutes'
-	@echo 'make clean      remove .venv and what builds and tests leave; runs/ and data/ stay'
+	@echo 'make run    set up, then the quickstart: SGP, SlowMo over SGP, and the two compared'
+	@echo 'make test   set up, then the tests'
+	@echo 'make clean  remove .venv and what builds and tests leave; runs/ and data/ stay'
 	@echo
 	@echo 'PYTHON=python3.12 make run   another Python (3.11 or later) than python3; its torch is used if it has one.'
 	@echo 'Wheels come from wherever pip is configured to look (pip config, PIP_INDEX_URL, PIP_FIND_LINKS).'
@@ -20,9 +19,6 @@ run: .venv/.installed
 
 test: .venv/.installed
 	$(PY) -m pytest
-
-test-slow: .venv/.installed
-	$(PY) -m pytest -m slow
 
 .venv/.installed: pyproject.toml constraints.txt
 	PYTHON='$(PYTHON)' scripts/setup.sh
