@@ -4,7 +4,7 @@ The only door for Hydra. A run's folder is a function of its config: asking agai
 """
 
 import fcntl
-import json
+import math
 import os
 import signal
 import sys
@@ -48,7 +48,8 @@ def main(cfg: DictConfig) -> None:
         if not cfg.dry_run:
             execute(cfg, task, schedule, steps, path)
     except (ValueError, OSError) as error:
-        if leading or torch.distributed.is_initialized():
+        # what is wrong with the config all processes find, and one says; what is wrong on a machine may be its own
+        if leading or isinstance(error, OSError) or torch.distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
     _leave(128 + stopped_by[0] if stopped_by[0] else 0)
@@ -56,13 +57,15 @@ def main(cfg: DictConfig) -> None:
 
 def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
     """Train from wherever the run's folder stands to its end, or to a signal, or to a NaN."""
-    if (path / "result.json").exists():
-        result = json.loads((path / "result.json").read_text())
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
-        return
     cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
     lock = _lock(path, cluster)
+    result = cluster.broadcast_object(folder.earlier(path, cfg) if cluster.leader else None)
+    if isinstance(result, str):
+        raise ValueError(result)
+    if result:
+        if cluster.leader:
+            print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
+        return
     replicas = Replicas(task.model(), cluster)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     algorithm = plan.build(cfg.base, replicas, optimizer)
@@ -91,10 +94,14 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         progress.say(f"resumed at step {algorithm.steps}")
     book.open(algorithm.steps)
 
-    def note(step: int) -> None:
-        row = evaluate(task, replicas, algorithm, tally, cfg.evaluate.norms, cfg.evaluate.worker_samples)
+    def note(step: int) -> bool:
+        """Evaluate and write the row down; False, and no row, when the model is NaN already though no loss has shown it."""
+        row = evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, cfg.evaluate.worker_samples)
+        if not (math.isfinite(row["validation_loss"]) and math.isfinite(row["spread"])):
+            return False
         book.add({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
         progress.row(book.rows[-1])
+        return True
 
     status = "done"
     with _signals(), progress:
@@ -106,13 +113,11 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
             if not meet and cluster.processes > 1:
                 continue
             # the largest code of any process is everybody's, at the same step
-            code = cluster.any(DIVERGED if meet and tally.diverged() else stopped_by[0])
-            if code == DIVERGED:
+            code = cluster.max_flag(DIVERGED if meet and tally.diverged() else stopped_by[0])
+            if code == DIVERGED or due and not note(step):
                 status = "diverged"
                 book.add({"step": step, "epoch": step / task.steps_per_epoch, "seconds": tally.seconds, "diverged": True})
                 break
-            if due:
-                note(step)
             if save_due or code:
                 save()
             if code and not last:
@@ -168,7 +173,7 @@ def _lock(path: Path, cluster: Cluster):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-    if not cluster.tell(free):
+    if not cluster.broadcast_object(free):
         raise BlockingIOError(f"{path} is being written by another run: wait for it, or end it")
     return file
 

@@ -39,7 +39,7 @@ class Cifar10:
             raise ValueError(f"{_length(data)} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
 
     def model(self) -> torch.nn.Module:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.seed % 2**63)
         model = ResNet(self.layers, self.width)
         return model.to(self.device, self.dtype, memory_format=self.memory_format)
 
@@ -141,12 +141,15 @@ def _load(data) -> dict[str, np.ndarray]:
         from experiments import photos
 
         return photos.load(data.root, data.train, data.validation)
-    try:
-        if data.download:  # by one process of this machine; the others find it there
-            Path(data.root).mkdir(parents=True, exist_ok=True)
-            with open(Path(data.root) / ".download.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    if data.download:  # by one process of this machine; the others find it there
+        Path(data.root).mkdir(parents=True, exist_ok=True)
+        with open(Path(data.root) / ".download.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
                 torchvision.datasets.CIFAR10(data.root, download=True)
+            except (RuntimeError, OSError) as error:
+                raise OSError(f"CIFAR-10 could not be downloaded to {data.root}: {error}") from error
+    try:
         # torchvision unpickles these files only after their checksums matched the published ones
         sets = [torchvision.datasets.CIFAR10(data.root, train=train) for train in (True, False)]
     except RuntimeError as error:

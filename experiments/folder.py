@@ -52,6 +52,22 @@ def of(cfg: DictConfig, task) -> Path:
     return Path(cfg.runs) / f"{name}{text}" / f"seed{cfg.seed}"
 
 
+def earlier(path: Path, cfg: DictConfig) -> dict | str | None:
+    """The result that the folder holds, None where the run has not ended, or a complaint: the folder is another config's.
+
+    A name tells how a config differs from its experiment's file; the file may have been edited since.
+    """
+    saved = path / "config.yaml"
+    if saved.exists():
+        then, now = (flat(OmegaConf.create(OmegaConf.to_yaml(c, resolve=True))) for c in (OmegaConf.load(saved), cfg))
+        neutral = (*NEUTRAL, "task.device", "task.data.root", "task.data.download")
+        changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(neutral)]
+        if changed:
+            return f"{path} holds a run whose {', '.join(changed)} differ: move or delete it, or set runs=ANOTHER_FOLDER"
+    result = path / "result.json"
+    return json.loads(result.read_text()) if result.exists() else None
+
+
 class Book:
     """Writes a run's files; process 0 alone holds the pen, the calls are for all. Everything is written aside and renamed."""
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from slowmo.cluster import Cluster, fold
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
-from slowmo.train import NORMS
+from slowmo.train import BATCHNORM
 
 
 def check(cfg: DictConfig) -> None:
@@ -40,8 +40,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
     if cfg.dtype not in ("float32", "float64"):
         raise ValueError(f"dtype={cfg.dtype}: rows are float32 or float64")
-    if cfg.evaluate.norms not in NORMS:
-        raise ValueError(f"evaluate.norms={cfg.evaluate.norms}: choose one of {', '.join(NORMS)}")
+    if cfg.evaluate.batchnorm not in BATCHNORM:
+        raise ValueError(f"evaluate.batchnorm={cfg.evaluate.batchnorm}: choose one of {', '.join(BATCHNORM)}")
     if not 0 < cfg.optimizer.lr < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr}: a learning rate is a positive number")
     fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))
@@ -78,7 +78,10 @@ def device(name: str) -> str:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("cluster.device=cuda, but torch sees no GPU: install a CUDA build of torch or set cluster.device=cpu")
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes for {gpus} GPUs on this machine: start at most {gpus} here, or set cluster.device=cpu")
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     if name != "cpu":
         raise ValueError(f"cluster.device={name}: choose auto, cpu or cuda")
     return name
@@ -94,7 +97,7 @@ def build(node: DictConfig, *args, **kwargs):
         if isinstance(cause, (ValueError, FileNotFoundError)):
             raise cause from None
         raise ValueError(f"{node._target_}: {cause or error}") from None
-    except TypeError as error:
+    except (TypeError, IndexError, KeyError, OverflowError, RuntimeError) as error:  # a partial's, called here
         raise ValueError(f"{node._target_}: {error}") from None
 
 
@@ -120,7 +123,8 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     tiny.grad = torch.ones_like(tiny)
     probe = build(cfg.optimizer, [tiny])
     probe.step()
-    optimizer = build(cfg.optimizer, [replicas.rows])
+    # not fused: some versions of torch refuse fused kernels for rows that take no memory
+    optimizer = build(OmegaConf.merge(cfg.optimizer, {"fused": False} if "fused" in cfg.optimizer else {}), [replicas.rows])
     names = [name for name, value in probe.state[tiny].items() if isinstance(value, torch.Tensor) and value.shape == tiny.shape]
     algorithm = build(cfg.base, replicas, optimizer)
     if cfg.outer.get("_target_"):
@@ -135,11 +139,12 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     size, d = replicas.rows.element_size(), replicas.rows.shape[1]
     graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)
     inboxes = max(len(graph(step)) - 1 for step in range(graph.cycle)) if graph else 0
+    inboxes *= 1 + len(names) * getattr(getattr(algorithm, "base", algorithm), "gossip_buffers", False)
     globals_ = 0 if algorithm.u is None else 2 * len(algorithm.u)
     where = f"{rows} a process" if node == 1 else f"a worker is {node} processes"
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     return {
-        "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, seed = {cfg.seed}",
+        "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, slow steps = {len(slow)}, seed = {cfg.seed}",
         "experiment": experiment or "-",
         "iterations": steps,
         "slow steps": len(slow),
@@ -181,13 +186,16 @@ def _like(key: str, value, default) -> None:
         return
     for kind, fits, like in (
         (bool, isinstance(value, bool), "true or false"),
-        ((int, float), number, f"a number, like {default}"),
+        (int, number and isinstance(value, int), f"a whole number, like {default}"),
+        (float, number, f"a number, like {default}"),
         (list, isinstance(value, list), f"a list, like {default}"),
         (str, isinstance(value, str), "a word"),
     ):
         if isinstance(default, kind):
             if not fits:
                 raise ValueError(f"{key}={value}: give {like}")
+            for part in value if isinstance(value, list) and default else ():
+                _like(key, part, default[0])
             return
 
 

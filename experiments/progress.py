@@ -41,6 +41,7 @@ class Progress:
         if now - self.shown < (0.25 if self.live else self.pause):
             return
         self.shown = now
+        tally.settle()  # reading a loss waits for a GPU; that is training time
         if tally.count:
             self.loss = float(tally.losses.sum()) / tally.count / len(tally.losses)
         rate = (step - self.first[0]) / max(tally.seconds - self.first[1], 1e-9)

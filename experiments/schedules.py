@@ -5,6 +5,8 @@ import itertools
 
 
 class Constant:
+    """γ = lr at every step."""
+
     def __init__(self, lr: float, steps: int):
         self.lr = lr
 

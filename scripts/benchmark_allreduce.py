@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ or options.rounds < 2:
+        sys.exit("start it as: torchrun --nproc_per_node 2 scripts/benchmark_allreduce.py, with --rounds 2 or more")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     cluster = slowmo.Cluster(device=device)
     torch.manual_seed(0)

@@ -91,7 +91,11 @@ def main() -> None:
     print(f"{m} workers, {options.model}, batch {options.batch}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}")
     show("folded iteration over plain loops (torch's default SGD)", ratios("folded", "plain"))
     show("folded iteration over plain loops (fused SGD)", ratios("folded", "plain fused"))
-    show(f"share of the slow step at tau = {options.tau}", [s / options.tau / f for s, f in zip(times["slow step"], times["folded"])])
+    share = [s / options.tau / f for s, f in zip(times["slow step"], times["folded"])]
+    show(f"share of the slow step at tau = {options.tau}", share)
+    # its reset makes the next step allocate the momentum anew
+    after = [(a - f) / options.tau / f for a, f in zip(times["first step after a reset"], times["folded"])]
+    show("share of what its reset costs the next step", after)
 
 
 if __name__ == "__main__":

@@ -24,22 +24,27 @@ def main() -> None:
     for result in lines:
         pairs = [_pair(result, name, digits) for name, digits in (("train_loss", 3), ("accuracy", 2), ("nll", 3))]
         pace = f"{1000 * result['seconds_per_iteration']:.1f}"
-        table.add_row(result["experiment"], str(result["seed"]), *pairs, pace, result["status"])
+        table.add_row(_name(result), str(result["seed"]), *pairs, pace, result["status"])
     Console().print(table)
-    by_name = {(result["experiment"], result["seed"]): result for result in lines if result["status"] == "done"}
+    by_name = {(_name(result), result["seed"]): result for result in lines if {"accuracy", "train_loss"} <= result["best"].keys()}
     for (name, seed), slow in by_name.items():
         base = by_name.get((name.replace("slowmo_", ""), seed))
         if base and base is not slow:
             gain = slow["best"]["accuracy"]["value"] - base["best"]["accuracy"]["value"]
             less = base["best"]["train_loss"]["value"] - slow["best"]["train_loss"]["value"]
-            print(f"seed {seed}: over {base['experiment']} SlowMo changes the best accuracy by {gain:+.2f} points, the loss by {-less:+.3f}")
+            print(f"seed {seed}: over {_name(base)} SlowMo changes the best accuracy by {gain:+.2f}, the training loss by {-less:+.3f}")
     print("one seed tells little: the README's table has three, and their spread")
     print("written:", *(result["folder"] for result in lines), sep="\n  ")
 
 
+def _name(result: dict) -> str:
+    """The run's folder without its seed: the experiment, and what was changed."""
+    return Path(result["folder"]).parent.name
+
+
 def _pair(result: dict, name: str, digits: int) -> str:
     best, last = result["best"].get(name, {}).get("value"), (result["last"] or {}).get(name)
-    return "-" if best is None else f"{best:.{digits}f} {last:.{digits}f}"
+    return "-" if best is None or last is None else f"{best:.{digits}f} {last:.{digits}f}"
 
 
 if __name__ == "__main__":

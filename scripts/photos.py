@@ -126,7 +126,7 @@ def markdown() -> str:
         row.append(", ".join(changes) if cell.startswith("slowmo_") else "")
         text.append(f"| {' | '.join(row)} |")
     seeds = sorted({line["seed"] for line in lines})
-    commits = sorted({line["commit"][:10] for line in lines})
+    commits = sorted({line["commit"][:10] + "+" * line["commit"].endswith("+") for line in lines})
     return "\n".join([*text, "", f"Seeds {', '.join(seeds)}; mean ± standard deviation; commit {', '.join(commits)}.", ""])
 
 

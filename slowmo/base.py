@@ -50,6 +50,7 @@ class LocalSGD:
 
     @torch.no_grad()
     def average(self) -> torch.Tensor:
+        """The exact mean of the workers, `[1, d]`."""
         return self.cluster.mean(self.rows)
 
     @torch.no_grad()
@@ -72,7 +73,10 @@ class LocalSGD:
                 block.copy_(self.cluster.mean(block))
 
     def state(self) -> tuple[dict, dict]:
-        """What a run needs to go on: tensors `[n, ...]` of workers, and tensors that are the same for all of them."""
+        """What a run needs to go on: tensors `[n, ...]` of workers, and tensors that are the same for all of them.
+
+        These are views: save or clone them before the next step. The models' buffers are `replicas.buffers()`.
+        """
         shared = {"steps": torch.tensor(self.steps), "lr": torch.tensor(float(self.optimizer.param_groups[0]["lr"]), dtype=torch.float64)}
         for name, value in self.optimizer.state.get(self.rows, {}).items():
             if value is not None and not _is_rows(value, self.rows):
@@ -137,7 +141,7 @@ class SGP(LocalSGD):
     graph: `step -> {hop: share}`, see topology.py; default the one-peer exponential. gossip_buffers: the optimizer's blocks take
     part in every round, as in double-averaging (Yu et al. 2019). Neighbours exchange z with their weight and the receiver forms
     z_i <- Σ_j P_ij w_j z_j / w_i: nothing is scaled before it is sent, so there is no send buffer. On a graph that is not regular
-    `step` takes one more temporary `[n, d]`.
+    `step` and `average` take one more temporary `[n, d]`.
     """
 
     def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False):
@@ -301,14 +305,16 @@ class Buckets:
                 slices.append((start, stop))
                 stop, full = start, megabytes * 2**20
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
-        self.sums, self.handles = [], []
+        self._clear()
         if self.cluster.processes > 1:
             replicas.on_gradient(self._arrived, when=lambda: self.armed)
 
     def arm(self) -> None:
         """The next backward of each replica is the last one before `finish`. What a skipped step left under way is dropped."""
-        self._wait()
-        self._clear()
+        if self.sums:
+            self._wait()
+            self._clear()
+            self.replicas.gradients().zero_()
         self.armed = True
 
     @torch.no_grad()

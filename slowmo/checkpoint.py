@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FORMAT = 1
@@ -27,7 +28,7 @@ def save(folder: Path, step: int, cluster, rows: dict, own: dict, shared: dict, 
     """
     final = folder / f"step-{step:09d}"
     aside = folder / f"{final.name}.partial"
-    if cluster.tell(final.exists()):
+    if cluster.broadcast_object(final.exists()):
         return
     if cluster.leader:
         shutil.rmtree(aside, ignore_errors=True)
@@ -64,11 +65,11 @@ def load(folder: Path, cluster) -> tuple[tuple[dict, dict, dict, dict] | None, l
         for left in folder.glob("*.partial"):
             shutil.rmtree(left)
     complaints = []
-    for path in cluster.tell([str(p) for p in _found(folder)]):
+    for path in cluster.broadcast_object([str(p) for p in _found(folder)]):
         path = Path(path)
         try:
             loaded, problem = _read(path, cluster), ""
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             loaded, problem = None, f"{error}"
         problems = [text for text in cluster.gather(problem) if text]
         if not problems:
@@ -109,7 +110,10 @@ def _read(path: Path, cluster) -> tuple[dict, dict, dict, dict]:
 
 
 def _write(path: Path, tensors: dict) -> str:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} could not be written: {error}") from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return _digest(path)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 
 def fold(size: int, processes: int) -> tuple[int, int]:
-    """Rows a process hosts and processes a worker has, `(n, g)`; one of the two is 1. ValueError when they do not fold."""
+    """Rows a process hosts and processes a worker has, `(n, g)`; at least one of the two is 1. ValueError when they do not fold."""
     if size < 1:
         raise ValueError(f"{size} workers: at least one is needed, set workers=1 or more")
     if size % processes == 0:
@@ -47,7 +47,9 @@ class Cluster:
 
     def __init__(self, size: int | None = None, device: str | torch.device = "cpu", timeout: float = 600.0):
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is not None:
+        if self.device.type == "cuda":
+            if self.device.index is None:
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
             torch.cuda.set_device(self.device)  # nccl and pickled objects go by the current device
         self._started_here = False
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -70,10 +72,10 @@ class Cluster:
         self._inside = self._across = None
         if self.node > 1:  # every process makes every group, in the same order
             for first in range(0, self.processes, self.node):
-                group = dist.new_group(range(first, first + self.node))
+                group = dist.new_group(range(first, first + self.node), timeout=datetime.timedelta(seconds=timeout))
                 self._inside = group if first <= self.process < first + self.node else self._inside
             for lane in range(self.node):
-                group = dist.new_group(range(lane, self.processes, self.node))
+                group = dist.new_group(range(lane, self.processes, self.node), timeout=datetime.timedelta(seconds=timeout))
                 self._across = group if lane == self.lane else self._across
 
     def mean(self, rows: torch.Tensor) -> torch.Tensor:
@@ -128,8 +130,10 @@ class Cluster:
         group = self._inside if inside else None
         return dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=group, async_op=not wait)
 
-    def any(self, flag: int) -> int:
+    def max_flag(self, flag: int) -> int:
         """The largest `flag` of all processes: one answer for all. Costs one tiny all-reduce; nothing when P = 1."""
+        if self.processes == 1:
+            return flag
         values = torch.tensor([flag], device=self.device)
         self.reduce(values, "max")
         return int(values)
@@ -139,7 +143,7 @@ class Cluster:
         if self.processes > 1:
             dist.broadcast(values, 0)
 
-    def tell(self, value):
+    def broadcast_object(self, value):
         """Process 0's small Python object everywhere (between processes of one run; never from a file)."""
         box = [value]
         if self.processes > 1:
@@ -163,8 +167,8 @@ class Cluster:
         return torch.stack(parts, 1)
 
     def barrier(self) -> None:
-        if self.processes > 1:
-            self.any(0)  # an all-reduce, so that the process group's timeout names a missing peer
+        """Wait for every process."""
+        self.max_flag(0)  # an all-reduce, so that the process group's timeout names a missing peer
 
     def close(self) -> None:
         """End the process group if this object started it."""

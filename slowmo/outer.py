@@ -20,11 +20,11 @@ class Average:
     """
 
     def __init__(self, base, tau: int, buffers: str = "maintain"):
-        if tau != int(tau) or tau < 1:
+        if not isinstance(tau, int) or tau < 1:
             raise ValueError(f"tau={tau}: the number of inner steps between slow steps is a whole number >= 1")
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
-        self.base, self.tau, self.buffers = base, int(tau), buffers
+        self.base, self.tau, self.buffers, self.exact = base, tau, buffers, True
         self.replicas, self.cluster, self.rows, self.u = base.replicas, base.cluster, base.rows, None
 
     @property
@@ -45,17 +45,20 @@ class Average:
         self.base.restart(self.base.average(), self.buffers)
 
     def average(self) -> torch.Tensor:
+        """The exact mean of the workers as they stand, `[1, d]`; changes nothing."""
         return self.base.average()
 
     def state(self) -> tuple[dict, dict]:
+        """As the base's, with x0 and u: what a run needs to go on."""
         return self.base.state()
 
     def load(self, rows: dict, shared: dict) -> None:
         self.base.load(rows, shared)
 
     def sends(self) -> tuple[float, float]:
+        """As the base's, with the averages of the slow steps."""
         messages, lengths = self.base.sends()
-        m, blocks = self.cluster.size, 1
+        m, blocks = self.cluster.size, int(self.exact)
         if self.buffers == "average":
             blocks += len(self.base.optimizer_rows())
         return messages + 2 * (m - 1) * blocks / self.tau, lengths + 2 * (m - 1) / m * blocks / self.tau
@@ -102,9 +105,6 @@ class SlowMo(Average):
         saved = shared if self.exact else rows
         self.x0.copy_(saved["x0"])
         self.u.copy_(saved["u"])
-
-    def sends(self):
-        return super().sends() if self.exact else self.base.sends()
 
 
 class NesterovOuter(SlowMo):

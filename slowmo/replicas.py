@@ -18,7 +18,7 @@ class Replicas:
 
     Strides survive (channels_last), so do ties. Parameters of another dtype than `dtype` (default: the widest of the model) are
     copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from process 0's
-    parameters. `model` itself becomes `models[0]`. cluster: default one worker a process, on the model's device.
+    parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker a process, on the model's device.
 
     Raises ValueError for a model without trainable parameters, on several devices, or with complex ones.
     """
@@ -34,6 +34,13 @@ class Replicas:
             for p in trained:
                 dtype = torch.promote_types(dtype, p.dtype)
         cluster = cluster or Cluster(device=trained[0].device)
+        if cluster.device.type != trained[0].device.type:
+            raise ValueError(f"the model is on {trained[0].device}, the cluster on {cluster.device}: give both the same device")
+        if cluster.processes > 1:  # what is not trained comes from process 0 too
+            for fixed in (*model.buffers(), *(p for p in model.parameters() if not _trained(p))):
+                value = fixed.detach().clone(memory_format=torch.contiguous_format)
+                cluster.broadcast(value)
+                fixed.detach().copy_(value)
         self.cluster, self.models = cluster, [model]
         self.models += [copy.deepcopy(model) for _ in cluster.ranks[1:]]
         self.parameters = sum(p.numel() for p in trained)
@@ -108,7 +115,7 @@ class Replicas:
         """A model in eval mode with parameters `x` `[1, d]` and buffers `[1, b]`: one copy, reused by the next call."""
         if self._copy is None:
             self._copy = copy.deepcopy(self.models[0])
-        _fill(filter(_trained, self._copy.parameters()), x[0], [x for _, x, _, _ in self._entries])
+        _fill(filter(_trained, self._copy.parameters()), x[0], [view for _, view, _, _ in self._entries])
         _fill(self._copy.buffers(), buffers[0])
         return self._copy.eval()
 

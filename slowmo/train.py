@@ -1,6 +1,7 @@
 """The loop. It decides nothing: the caller evaluates, saves, prints and stops between two steps.
 
-A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and `evaluate(model, part, samples)`; see experiments/.
+A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and `evaluate(model, part, samples)`; experiments/__init__.py
+has the contract.
 """
 
 import math
@@ -10,7 +11,7 @@ import torch
 
 from slowmo.replicas import recalibrate
 
-NORMS = ("average", "local", "recalibrate")
+BATCHNORM = ("average", "local", "recalibrate")
 
 
 class Tally:
@@ -25,9 +26,11 @@ class Tally:
         self.started = None
 
     def start(self) -> None:
+        """Training goes on now."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
+        """Training pauses."""
         self.seconds += time.perf_counter() - self.started
 
     def settle(self) -> None:
@@ -38,6 +41,8 @@ class Tally:
             self.stop()
 
     def diverged(self) -> bool:
+        """Whether a loss since the last metric row was NaN or infinite, on this process. Waits for a GPU."""
+        self.settle()
         return not bool(torch.isfinite(self.losses).all())
 
 
@@ -63,22 +68,22 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tal
 
 
 @torch.no_grad()
-def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", samples: int | None = None) -> dict:
-    """A metric row for the averaged model, its BatchNorm statistics by `norms`, and the band (min, max) over workers.
+def evaluate(task, replicas, algorithm, tally: Tally, batchnorm: str = "average", samples: int | None = None) -> dict:
+    """A metric row for the averaged model, its BatchNorm statistics by `batchnorm`, and the band (min, max) over workers.
 
-    norms: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
+    batchnorm: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
     to 16 workers). samples: how many validation samples each worker's own model is judged on (None: all of them).
     Changes nothing that training sees. Collective: every process calls it and gets the same row, but for its own clock; the losses are
     counted anew.
     """
-    if norms not in NORMS:
-        raise ValueError(f"norms={norms!r}: choose one of {', '.join(NORMS)}")
+    if batchnorm not in BATCHNORM:
+        raise ValueError(f"batchnorm={batchnorm!r}: choose one of {', '.join(BATCHNORM)}")
     tally.settle()
     cluster, rows = replicas.cluster, replicas.rows.detach()[:, : replicas.parameters]
     x = algorithm.average()[:, : replicas.parameters]
     u = None if algorithm.u is None else algorithm.u[:, : replicas.parameters]
     buffers = replicas.buffers()
-    if norms == "local":
+    if batchnorm == "local":
         mean = buffers[:1].clone()
         cluster.broadcast(mean)
     else:
@@ -86,7 +91,7 @@ def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", sa
         cluster.reduce(mean)
         mean /= cluster.size * cluster.node
     model = replicas.snapshot(x, mean)
-    if norms == "recalibrate":
+    if batchnorm == "recalibrate":
         workers = range(min(cluster.size, 16))
         recalibrate(model, task.batches(max(algorithm.steps - 1, 0), workers, (0, 1)), task.loss)
     sums = task.evaluate(model, (cluster.process, cluster.processes), None)
@@ -113,16 +118,16 @@ def evaluate(task, replicas, algorithm, tally: Tally, norms: str = "average", sa
     # row by row: no temporary of the block's size
     apart = torch.stack([(row_ - x[0]).double().square().sum() for row_ in rows]).sum()
     losses = tally.losses.sum() / tally.count if tally.count else torch.tensor(math.nan, dtype=torch.float64)
-    moving = torch.zeros((), dtype=torch.float64) if u is None else u.double().square().sum(1).mean()
-    means = torch.stack([t.to(rows.device) for t in (apart / len(rows), losses / len(rows), moving)])
+    u_square = torch.zeros((), dtype=torch.float64) if u is None else u.double().square().sum(1).mean()
+    means = torch.stack([t.to(rows.device) for t in (apart / len(rows), losses / len(rows), u_square)])
     cluster.reduce(means)
-    apart, losses, moving = (means / cluster.processes).tolist()
+    apart, losses, u_square = (means / cluster.processes).tolist()
     row |= {
         "train_loss": losses if tally.count else None,
         "spread": math.sqrt(apart),
-        "u_norm": None if u is None else math.sqrt(moving),
+        "u_norm": None if u is None else math.sqrt(u_square),
         "seconds": tally.seconds,
-        "evaluated": f"average of {cluster.size} workers, norms: {norms}",
+        "evaluated": f"average of {cluster.size} workers, batchnorm: {batchnorm}",
     }
     tally.losses.zero_()
     tally.count = 0

@@ -341,7 +341,7 @@ def test_norms_average_local_and_recalibrate():
 
     def judged(policy):
         task.seen.clear()
-        evaluate(task, replicas, algorithm, tally, norms=policy)
+        evaluate(task, replicas, algorithm, tally, batchnorm=policy)
         return task.seen[0]
 
     seen = judged("average")
@@ -361,7 +361,7 @@ def test_norms_average_local_and_recalibrate():
     assert torch.equal(seen["first.weight"], weight)
     copied = replicas.snapshot(x[None], replicas.buffers()[:1])
     assert copied.norm.momentum == norms[0].momentum == 0.1 and not copied.norm.training
-    with pytest.raises(ValueError, match="norms='mean': choose one of average, local, recalibrate"):
+    with pytest.raises(ValueError, match="batchnorm='mean': choose one of average, local, recalibrate"):
         judged("mean")
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 def result(folder, experiment, accuracy, status="done"):
     best = {"accuracy": {"value": accuracy, "step": 10}, "train_loss": {"value": 1.5, "step": 20}, "nll": {"value": 1.25, "step": 10}}
     diverged = status == "diverged"
-    text = {"experiment": experiment, "seed": 1, "status": status, "seconds_per_iteration": 0.125, "folder": str(folder),
+    text = {"experiment": experiment, "seed": 1, "status": status, "seconds_per_iteration": 0.125, "folder": f"runs/{experiment}/seed1",
             "best": {} if diverged else best, "last": None if diverged else {"accuracy": 50.0, "train_loss": 1.5, "nll": 1.5}}  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(text))
@@ -28,7 +28,7 @@ def test_compare_pairs_a_run_with_its_base(tmp_path):
     done = compare(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert "53.50 50.00" in done.stdout and "125.0" in done.stdout
-    assert "over x_sgp SlowMo changes the best accuracy by +2.50 points" in done.stdout
+    assert "over x_sgp SlowMo changes the best accuracy by +2.50" in done.stdout
 
 
 def test_compare_never_shows_a_diverged_run_as_a_number(tmp_path):

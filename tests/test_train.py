@@ -11,7 +11,7 @@ from processes import spawn
 
 import slowmo
 import slowmo.train
-from slowmo.train import NORMS, Tally, evaluate, train
+from slowmo.train import BATCHNORM, Tally, evaluate, train
 
 
 def nesterov(rows):
@@ -53,7 +53,7 @@ def trained(evaluations=(), m=3, base="sgp", optimizer=adam, steps=5, seed=0, ta
 @pytest.mark.parametrize("base", BASES)
 def test_evaluations_change_nothing(base, optimizer):
     plain = whole_state(*trained(base=base, optimizer=optimizer)[:2])
-    assert_same(whole_state(*trained(NORMS, base=base, optimizer=optimizer)[:2]), plain)
+    assert_same(whole_state(*trained(BATCHNORM, base=base, optimizer=optimizer)[:2]), plain)
 
 
 class PartlyFrozen(Normal):
@@ -70,7 +70,7 @@ def test_evaluations_leave_the_mode_of_each_module():
     assert_same(whole_state(*trained(["average"], task=PartlyFrozen())[:2]), plain)
 
 
-@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("norms", BATCHNORM)
 def test_a_second_evaluation_gives_the_same_row(norms):
     task = Normal()
     replicas, algorithm, tally, _ = trained(task=task)
@@ -133,9 +133,9 @@ def test_the_clock_counts_training_alone(monkeypatch):
             now[0] += 1000.0
             return super().evaluate(model, part, samples)
 
-    *_, tally, rows = trained(NORMS, m=3, steps=4, task=Slow())
+    *_, tally, rows = trained(BATCHNORM, m=3, steps=4, task=Slow())
     assert tally.seconds == 12.0
-    assert [row["seconds"] for row in rows[:: len(NORMS)]] == [0.0, 3.0, 6.0, 9.0, 12.0]
+    assert [row["seconds"] for row in rows[:: len(BATCHNORM)]] == [0.0, 3.0, 6.0, 9.0, 12.0]
 
 
 def test_time_between_two_steps_is_the_caller_s(monkeypatch):
@@ -206,7 +206,7 @@ def test_dropout_differs_between_workers_steps_and_seeds():
 
 def on_processes(m):
     # not Adam: the bias before BatchNorm has gradient 0 but for rounding, which Adam would blow up to whole steps
-    *_, rows = trained(NORMS, m=m, optimizer=nesterov, steps=3)
+    *_, rows = trained(BATCHNORM, m=m, optimizer=nesterov, steps=3)
     return masks(m, 3), rows
 
 
