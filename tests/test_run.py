@@ -135,7 +135,7 @@ def test_every_experiment_prints_its_plan(name, tmp_path):
         assert done.fact("iterations") == "2,400"  # 200 epochs of 50 000 pictures in batches of 4096, the last one left out
     else:
         assert words == "-"  # no number of the paper's is a promise on other data
-    assert "32 workers" in done.fact("title")
+    assert "m = 32" in done.fact("title")
     assert done.fact("slow steps") == ("0" if case in ("sgp", "osgp", "ar_sgd") else "200" if suite == "cifar10" else "100")
 
 
