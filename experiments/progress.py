@@ -16,9 +16,9 @@ class Progress:
         self.live = leader and sys.stdout.isatty()
         self.bar = None
         if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(), refresh_per_second=4)
-            self.task = self.bar.add_task("training", total=steps, text="")
+            self.task = self.bar.add_task("", total=steps, text="")
         self.accuracy, self.shown, self.first, self.loss = "", 0.0, None, 0.0
 
     def __enter__(self):

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,14 +18,14 @@ def results(folders: list[str]) -> list[dict]:
 
 
 def main() -> None:
-    table = Table(title="best over the run, and last")
-    for name in ("experiment", "seed", "training loss", "accuracy", "NLL", "ms an iteration", "status"):
-        table.add_column(name, justify="left" if name == "experiment" else "right", no_wrap=True)
+    table = Table(title="training loss, accuracy, NLL: best over the run, and last", box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
+    for name in ("run", "seed", "loss", "accuracy", "NLL", "ms/it"):
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     lines = results(sys.argv[1:])
     for result in lines:
         pairs = [_pair(result, name, digits) for name, digits in (("train_loss", 3), ("accuracy", 2), ("nll", 3))]
-        pace = f"{1000 * result['seconds_per_iteration']:.1f}"
-        table.add_row(_name(result), str(result["seed"]), *pairs, pace, result["status"])
+        pace = f"{1000 * result['seconds_per_iteration']:.1f}" if result["status"] == "done" else result["status"]
+        table.add_row(_name(result), str(result["seed"]), *pairs, pace)
     Console().print(table)
     by_name = {(_name(result), result["seed"]): result for result in lines if {"accuracy", "train_loss"} <= result["best"].keys()}
     for (name, seed), slow in by_name.items():
