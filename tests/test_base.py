@@ -431,3 +431,13 @@ def test_training_converges_to_the_minimum_of_the_sum():
         replicas, algorithm = build(task, 4, base, outer=lambda base: slowmo.Average(base, tau=1))
         rows = run(task, replicas, algorithm, 30, lr=0.8)
         torch.testing.assert_close(rows, best.expand_as(rows), rtol=1e-6, atol=1e-6)
+
+
+def test_reset_gives_back_what_an_optimizer_starts_with():
+    """Adagrad fills its state when it is built; not every version of torch would build it again."""
+    task = quadratic(2)
+    replicas, algorithm = build(task, 2, "local_sgd", lambda rows: torch.optim.Adagrad([rows], lr=0.1, initial_accumulator_value=2.0))
+    for _ in range(2):  # the second reset must not find what the first one's steps left
+        run(task, replicas, algorithm, algorithm.steps + 2, 0.1)
+        algorithm.restart(algorithm.average(), "reset")
+        assert (algorithm.optimizer_rows()["sum"] == 2).all()
