@@ -387,3 +387,15 @@ def test_everybody_starts_from_process_zero():
 def test_refusals(model, remedy):
     with pytest.raises(ValueError, match=remedy):
         Replicas(model, Cluster(1))
+
+
+def test_restart_and_load_reach_parameters_of_another_dtype():
+    model = torch.nn.Module()
+    model.wide, model.narrow = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    replicas = slowmo.Replicas(model, slowmo.Cluster(2))
+    base = slowmo.LocalSGD(replicas, torch.optim.SGD([replicas.rows], lr=0.1))
+    state = {name: value.clone() for name, value in base.state()[0].items()}, dict(base.state()[1])
+    base.restart(torch.full_like(replicas.rows[:1], 1.5))
+    assert all((one.narrow == 1.5).all() and one.narrow.dtype == torch.bfloat16 for one in replicas.models)
+    base.load(*state)
+    assert all((one.narrow == 0).all() for one in replicas.models)
