@@ -1,6 +1,6 @@
 """Break each statement of outer.py and base.py in turn; a test must notice.
 
-    python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--all]
+    python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--start 1] [--all]
 
 A mutant removes a statement, negates a condition or returns None; with --all also swaps + and -, * and /, < and <=, negates a truth
 value or adds 1 to a number. The quick tests run first, the first failure ends a mutant. Prints the survivors and the count.
@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = ("outer.py", "base.py")
 STATEMENTS = ("removed", "returns None", "condition negated")
-TESTS = ("test_golden.py", "test_lean.py", "test_base.py", "test_outer.py", "test_replicas.py", "test_plan.py", "test_foldings.py")
+# pytest imports all files of a call before it runs one: those that import little come first, on their own
+SUITES = (["test_golden.py", "test_lean.py", "test_base.py", "test_outer.py"], ["test_replicas.py", "test_plan.py", "test_foldings.py"])
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
@@ -72,16 +73,19 @@ def survives(mutant) -> bool:
         shutil.copy(ROOT / "run.py", folder)
         shutil.copy(ROOT / "pyproject.toml", folder)
         (Path(folder) / "slowmo" / name).write_text(text)
-        child = get_context("fork").Process(target=_test, args=(folder,))
-        child.start()
-        child.join(600)  # a mutant that hangs is noticed
-        if child.is_alive():
-            child.kill()
-            child.join()
-        return child.exitcode == 0
+        for suite in SUITES:
+            child = get_context("fork").Process(target=_test, args=(folder, suite))
+            child.start()
+            child.join(600)  # a mutant that hangs is noticed
+            if child.is_alive():
+                child.kill()
+                child.join()
+            if child.exitcode:
+                return False
+        return True
 
 
-def _test(folder):
+def _test(folder, suite):
     os.chdir(folder)
     sys.path[:] = [folder, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "scripts"))]
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -89,7 +93,7 @@ def _test(folder):
     os.dup2(sys.stdout.fileno(), 2)
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS)])
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in suite)])
     os._exit(int(code))
 
 
@@ -97,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="mutants whose name starts so")
+    parser.add_argument("--start", type=int, default=1, help="go on from this number of the list")
     parser.add_argument("--all", action="store_true", help="operators and numbers too, not statements alone")
     options = parser.parse_args()
     # what the tests import and the mutants do not touch, once for all children
@@ -108,10 +113,11 @@ def main() -> None:
     torch.set_num_threads(1)
     found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(options.only)]
     found = [mutant for mutant in found if options.all or any(f" {kind}:" in mutant[0] for kind in STATEMENTS)]
+    total, found = len(found), found[options.start - 1 :]
     alive = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (mutant, survived) in enumerate(zip(found, pool.map(survives, found)), 1):
-            print(f"{number}/{len(found)} {'SURVIVED' if survived else 'noticed '} {mutant[0]}", flush=True)
+        for number, (mutant, survived) in enumerate(zip(found, pool.map(survives, found)), options.start):
+            print(f"{number}/{total} {'SURVIVED' if survived else 'noticed '} {mutant[0]}", flush=True)
             alive += [mutant[0]] * survived
     print(f"{len(found) - len(alive)} of {len(found)} mutants noticed")
     print(*alive, sep="\n")
