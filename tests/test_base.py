@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -441,3 +442,20 @@ def test_reset_gives_back_what_an_optimizer_starts_with():
         run(task, replicas, algorithm, algorithm.steps + 2, 0.1)
         algorithm.restart(algorithm.average(), "reset")
         assert (algorithm.optimizer_rows()["sum"] == 2).all()
+
+
+def test_osgp_sends_and_arms_before_the_gradients():
+    replicas, algorithm = build(quadratic(4), 4, "osgp")
+    calls, shift = [], replicas.cluster.shift
+    replicas.cluster.shift = lambda *arguments: calls.append("send") or shift(*arguments)
+    algorithm.buckets = SimpleNamespace(arm=lambda: calls.append("arm"), finish=lambda: calls.append("finish"))
+    algorithm.start()
+    assert sorted(calls) == ["arm", "send"]
+    algorithm.step(0.1)
+    assert calls[2:] == ["finish"]
+
+
+def test_the_default_graphs():
+    for kind, graph in ((slowmo.SGP, slowmo.Exponential), (slowmo.OSGP, slowmo.Exponential), (slowmo.DPSGD, slowmo.Ring)):
+        _, algorithm = build(quadratic(4), 4, lambda replicas, optimizer: kind(replicas, optimizer))
+        assert type(algorithm.graph) is graph and algorithm.graph.size == 4
