@@ -459,3 +459,11 @@ def test_the_default_graphs():
     for kind, graph in ((slowmo.SGP, slowmo.Exponential), (slowmo.OSGP, slowmo.Exponential), (slowmo.DPSGD, slowmo.Ring)):
         _, algorithm = build(quadratic(4), 4, lambda replicas, optimizer: kind(replicas, optimizer))
         assert type(algorithm.graph) is graph and algorithm.graph.size == 4
+
+
+def test_buckets_are_armed_for_one_step():
+    _, algorithm = build(quadratic(4), 4, "allreduce")
+    algorithm.start()
+    assert algorithm.buckets.armed
+    algorithm.step(0.1)
+    assert not algorithm.buckets.armed  # the next backward may be one of several
