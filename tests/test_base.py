@@ -467,3 +467,9 @@ def test_buckets_are_armed_for_one_step():
     assert algorithm.buckets.armed
     algorithm.step(0.1)
     assert not algorithm.buckets.armed  # the next backward may be one of several
+
+
+def test_restart_refuses_a_word_it_does_not_know():
+    _, algorithm = build(quadratic(2), 2, "local_sgd")
+    with pytest.raises(ValueError, match="choose one of reset, maintain, average"):
+        algorithm.restart(algorithm.average(), "forget")
