@@ -455,6 +455,30 @@ def test_osgp_sends_and_arms_before_the_gradients():
     assert calls[2:] == ["finish"]
 
 
+def test_osgp_load_drops_the_message_of_the_run_that_is_left_behind():
+    """A load between start and step: the message is waited for (a dropped handle hangs gloo), and not used."""
+    replicas, algorithm = scattered(4, "osgp")
+    saved = [{name: value.clone() for name, value in part.items()} for part in algorithm.state()]
+    _, twin = scattered(4, "osgp")
+    waited, shift = [], replicas.cluster.shift
+
+    def spy(*arguments):
+        receive = shift(*arguments)
+        return lambda: waited.append(True) or receive()
+
+    replicas.cluster.shift = spy
+    for _ in push(replicas, algorithm, 3, 0.1):  # now it stands elsewhere
+        pass
+    algorithm.start()
+    before = len(waited)
+    algorithm.load(*saved)
+    assert len(waited) == before + 1
+    algorithm.step(0.1)
+    twin.start()
+    twin.step(0.1)
+    assert torch.equal(algorithm.rows, twin.rows) and algorithm.steps == 1
+
+
 def test_the_default_graphs():
     for kind, graph in ((slowmo.SGP, slowmo.Exponential), (slowmo.OSGP, slowmo.Exponential), (slowmo.DPSGD, slowmo.Ring)):
         _, algorithm = build(quadratic(4), 4, lambda replicas, optimizer: kind(replicas, optimizer))
