@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
         schedule = plan.build(cfg.schedule, lr=cfg.optimizer.lr, steps=steps)
         summary = plan.rehearse(cfg, task, schedule, steps)
         path = folder.of(cfg, task)
-        if not cfg.dry_run:
+        if not cfg.dry_run and not (path / "result.json").exists():
             # a first batch: data that are missing, or do not divide, are found before anything is written
             next(iter(task.batches(0, range(1), (0, fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))[1]))))
         if leading:
@@ -59,10 +59,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
     """Train from wherever the run's folder stands to its end, or to a signal, or to a NaN."""
     cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
     lock = _lock(path, cluster)
-    result = cluster.broadcast_object(folder.earlier(path, cfg) if cluster.leader else None)
-    if isinstance(result, str):
-        raise ValueError(result)
-    if result:
+    if result := folder.earlier(path, cfg, cluster):
         if cluster.leader:
             print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
         return

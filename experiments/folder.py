@@ -52,20 +52,28 @@ def of(cfg: DictConfig, task) -> Path:
     return Path(cfg.runs) / f"{name}{text}" / f"seed{cfg.seed}"
 
 
-def earlier(path: Path, cfg: DictConfig) -> dict | str | None:
-    """The result that the folder holds, None where the run has not ended, or a complaint: the folder is another config's.
+def earlier(path: Path, cfg: DictConfig, cluster) -> dict | None:
+    """The result that the folder holds, None where the run has not ended; process 0 looks, everybody gets its answer.
 
-    A name tells how a config differs from its experiment's file; the file may have been edited since.
+    ValueError where the folder is another config's: a name tells how a config differs from its experiment's file, and the file may
+    have been edited since.
     """
+    result, complaint = cluster.broadcast_object(_earlier(path, cfg) if cluster.leader else None)
+    if complaint:
+        raise ValueError(complaint)
+    return result
+
+
+def _earlier(path: Path, cfg: DictConfig) -> tuple[dict | None, str | None]:
     saved = path / "config.yaml"
     if saved.exists():
         then, now = (flat(OmegaConf.create(OmegaConf.to_yaml(c, resolve=True))) for c in (OmegaConf.load(saved), cfg))
         neutral = (*NEUTRAL, "task.device", "task.data.root", "task.data.download")
         changed = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and not k.startswith(neutral)]
         if changed:
-            return f"{path} holds a run whose {', '.join(changed)} differ: move or delete it, or set runs=ANOTHER_FOLDER"
+            return None, f"{path} holds a run whose {', '.join(changed)} differ: move or delete it, or set runs=ANOTHER_FOLDER"
     result = path / "result.json"
-    return json.loads(result.read_text()) if result.exists() else None
+    return (json.loads(result.read_text()) if result.exists() else None), None
 
 
 class Book:

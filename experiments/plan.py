@@ -97,6 +97,8 @@ def build(node: DictConfig, *args, **kwargs):
         if isinstance(cause, (ValueError, FileNotFoundError)):
             raise cause from None
         raise ValueError(f"{node._target_}: {cause or error}") from None
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (TypeError, IndexError, KeyError, OverflowError, RuntimeError) as error:  # a partial's, called here
         raise ValueError(f"{node._target_}: {error}") from None
 
