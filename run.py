@@ -63,7 +63,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         if cluster.leader:
             print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
         return
-    replicas = Replicas(task.model(), cluster)
+    replicas = Replicas(task.model(), cluster, accumulate=max(1, task.pieces // cluster.node), loss_scale=task.loss_scale)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     algorithm = plan.build(cfg.base, replicas, optimizer)
     if cfg.outer.get("_target_"):
@@ -93,9 +93,10 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
 
     def note(step: int) -> bool:
         """Evaluate and write the row down; False, and no row, when the model is NaN already though no loss has shown it."""
-        row = evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, cfg.evaluate.worker_samples)
+        row, model = evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, cfg.evaluate.worker_samples)
         if not (math.isfinite(row["validation_loss"]) and math.isfinite(row["spread"])):
             return False
+        book.keep(step, model)
         book.add({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
         progress.row(book.rows[-1])
         return True
@@ -126,7 +127,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         stopped_by[0] = 0
         if task.final and status == "done":
             book.final(algorithm)
-        book.close(status, algorithm.steps, tally.seconds)
+        book.close(status, algorithm.steps, tally.seconds, task.finish(book.kept(), cluster) if status == "done" else {})
         progress.say(f"{status}: {path / 'result.json'}")
     if lock:
         lock.close()

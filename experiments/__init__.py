@@ -1,10 +1,27 @@
 """The tasks. Each gives a model, batches, a loss and an evaluation; the sums of the last are validation_loss and, if any, nll, accuracy.
 
     model() -> nn.Module                          one worker's model, on the task's device and in its dtype
-    batches(step, workers, part) -> iterable      a batch for each of `workers`; part = (l, g): the l-th of g parts of it
-    loss(model, batch) -> scalar                  the mean loss of the batch, for backward
-    evaluate(model, part, samples) -> dict        sums over the part's share of the validation set, and their `count`
+    batches(step, workers, part) -> iterable      a batch for each of `workers`; part = (l, g): the l-th of g parts of it.
+                                                  Where a batch has `pieces`, each in turn: (l)th, (l + g)th, ... of the first worker, ...
+    loss(model, batch) -> scalar                  the mean loss of the batch, for backward; of pieces: they sum to g times the mean
+    evaluate(model, part, samples) -> dict        sums over the part's share of the validation set (or of its first `samples`), and
+                                                  their `count`
     steps_per_epoch                               inner steps in a pass over the training set
-    final                                         whether a run writes all its iterates to final.npz
-    fingerprint                                   of an input file that changes the outcome, or None
 """
+
+
+class Task:
+    """What most tasks have in common.
+
+    final: whether a run writes all its iterates to final.npz. fingerprint: of an input file that changes the outcome, or None.
+    pieces: parts of a worker's batch that go through its model one after another. loss_scale: see slowmo/replicas.py.
+    """
+
+    final = False
+    fingerprint = None
+    pieces = 1
+    loss_scale = 1.0
+
+    def finish(self, models: list, cluster) -> dict:
+        """What result.json says besides, found after the last step by all processes. models: files of the last averaged models, in order."""
+        return {}

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from experiments import Task
 from experiments.torchvision_cpu import torchvision
 
 
-class Cifar10:
+class Cifar10(Task):
     """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
 
     batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the
@@ -19,9 +20,6 @@ class Cifar10:
     worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
-
-    final = False
-    fingerprint = None
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
                  width: int, channels_last: bool = True):  # fmt: skip
@@ -113,12 +111,12 @@ class Cifar10:
 class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet of basic blocks in its CIFAR form: a 3x3 stem without pooling, `width` channels in the first stage."""
 
-    def __init__(self, layers: list[int], width: int, classes: int = 10):
+    def __init__(self, layers: list[int], width: int, classes: int = 10, stride: int = 1):
         if len(layers) != 4 or layers[0] < 1 or min(layers) < 0 or width < 1:
             raise ValueError(f"layers={layers}, width={width}: give four stages, the first of at least one block, and a width >= 1")
         self.first = width
         super().__init__(torchvision.models.resnet.BasicBlock, layers, num_classes=classes)
-        self.conv1 = torch.nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = torch.nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
         torch.nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = torch.nn.BatchNorm2d(width)
         self.maxpool = torch.nn.Identity()

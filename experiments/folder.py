@@ -6,6 +6,7 @@
         result.json      best and last, seconds an iteration, where and with what: written when the run has ended
         final.npz        all iterates, for tasks whose iterates are small
         checkpoints/     the last two; see slowmo/checkpoint.py
+    models/          the averaged model at the last `evaluate.keep` evaluations: safetensors, the model's own names
 """
 
 import hashlib
@@ -22,11 +23,13 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_model
 
 from experiments.plan import choices, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
-NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "data.root", "data.download", "task.problem")
+NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "data.root", "data.download", "data.cache", "task.problem",
+           "task.loaders")  # fmt: skip
 
 
 def of(cfg: DictConfig, task) -> Path:
@@ -108,6 +111,22 @@ class Book:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def keep(self, step: int, model: torch.nn.Module) -> None:
+        """Keep the averaged model of this step, and no more than `evaluate.keep` in all."""
+        if not (self.cluster.leader and self.cfg.evaluate.keep):
+            return
+        path = self.path / "models" / f"step-{step:09d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        aside = path.with_suffix(".partial")
+        save_model(model, str(aside))  # tied weights are written once
+        os.replace(aside, path)
+        for old in self.kept()[: -self.cfg.evaluate.keep]:
+            old.unlink()
+
+    def kept(self) -> list[Path]:
+        """The files of the averaged models, in order of their steps."""
+        return sorted((self.path / "models").glob("step-*.safetensors"))
+
     def final(self, algorithm) -> None:
         """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""
         cluster, d = self.cluster, algorithm.replicas.parameters
@@ -125,8 +144,8 @@ class Book:
             np.savez(aside, x=x, mean=mean[0], u=u)
             os.replace(aside, self.path / "final.npz")
 
-    def close(self, status: str, step: int, seconds: float) -> None:
-        """result.json: what a table needs, and where it came from."""
+    def close(self, status: str, step: int, seconds: float, facts: dict) -> None:
+        """result.json: what a table needs, `facts` of the task among it, and where it came from."""
         if not self.cluster.leader:
             return
         rows = [row for row in self.rows if not row.get("diverged")]
@@ -140,6 +159,7 @@ class Book:
             "best": _best(rows),
             "seconds": seconds,
             "seconds_per_iteration": seconds / max(step, 1),
+            **facts,
             "promise": OmegaConf.to_container(self.cfg.promise),
             "workers": self.cluster.size,
             "processes": self.cluster.processes,
@@ -153,7 +173,7 @@ class Book:
 def _best(rows: list[dict]) -> dict:
     """The best value of each metric over the run, each with its step; never mixed with the last ones."""
     best = {}
-    for name, better in (("train_loss", min), ("validation_loss", min), ("nll", min), ("accuracy", max)):
+    for name, better in (("train_loss", min), ("validation_loss", min), ("nll", min), ("nll_base2", min), ("accuracy", max), ("top5", max)):
         seen = [(row[name], row["step"]) for row in rows if row.get(name) is not None]
         if seen:
             value = better(value for value, _ in seen)
@@ -174,7 +194,7 @@ def _commit() -> str | None:
 
 def _versions() -> dict:
     out = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "hydra-core", "scikit-image", "scikit-learn", "pillow"):
+    for name in ("torch", "torchvision", "numpy", "hydra-core", "scikit-image", "scikit-learn", "pillow", "fairseq-fixed", "sacrebleu"):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

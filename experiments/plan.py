@@ -33,6 +33,7 @@ def check(cfg: DictConfig) -> None:
         _whole(name, cfg[name])
     _whole("evaluate.every", cfg.evaluate.every)
     _whole("seed", cfg.seed, 0)
+    _whole("evaluate.keep", cfg.evaluate.keep, 0)
     for name in ("evaluate.worker_samples", "cluster.threads"):
         if OmegaConf.select(cfg, name) is not None:
             _whole(name, OmegaConf.select(cfg, name))

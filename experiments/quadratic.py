@@ -7,8 +7,9 @@ import zipfile
 import numpy as np
 import torch
 
+from experiments import Task
 
-class Quadratic:
+class Quadratic(Task):
     """problem: an `.npz` with `A` [m, d, d], `b` [m, d], `x0` [d]; None draws one from the seed, with eigenvalues in [0.5, 1.5].
 
     noise: standard deviation of the Gaussian noise on each gradient coordinate; it depends on (seed, step, worker) alone. An epoch is one

@@ -114,6 +114,8 @@ class LocalSGD:
             self.buckets.finish()
         if lr is not None:
             self.optimizer.param_groups[0]["lr"] = lr
+        if self.replicas.loss_scale != 1:
+            self.rows.grad.div_(self.replicas.loss_scale)
         self.optimizer.step()
         self.rows.grad.zero_()
 
@@ -125,7 +127,7 @@ class LocalSGD:
 class AllReduce(LocalSGD):
     """x_i <- x_i - γ (direction of the mean gradient): every worker takes the same step. Large-batch SGD, the baseline.
 
-    The mean is formed in buckets while backward still runs. For gradient accumulation call `start` before the last backward only.
+    The mean is formed in buckets while the last backward still runs (`Replicas(accumulate=k)` says which one that is).
     """
 
     _everybody = True
@@ -310,7 +312,7 @@ class Buckets:
             replicas.on_gradient(self._arrived, when=lambda: self.armed)
 
     def arm(self) -> None:
-        """The next backward of each replica is the last one before `finish`. What a skipped step left under way is dropped."""
+        """Backward passes count from here. What a skipped step left under way is dropped."""
         if self.sums:
             self._wait()
             self._clear()
@@ -341,7 +343,7 @@ class Buckets:
         self.sums, self.handles = [], []
         self.missing = [0] * len(self.slices)
         for bucket in self.bucket_of.values():
-            self.missing[bucket] += len(self.replicas.models)
+            self.missing[bucket] += len(self.replicas.models) * self.replicas.accumulate
 
     @torch.no_grad()
     def _arrived(self, offset: int) -> None:

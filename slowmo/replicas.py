@@ -20,10 +20,14 @@ class Replicas:
     copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from process 0's
     parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker a process, on the model's device.
 
+    accumulate: backward passes of each replica between `start` and `step`; their gradients add up. loss_scale: what the caller
+    multiplies losses by, against underflow in float16; `step` divides the gradients by it.
+
     Raises ValueError for a model without trainable parameters, on several devices, or with complex ones.
     """
 
-    def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, dtype: torch.dtype | None = None,
+                 accumulate: int = 1, loss_scale: float = 1.0):  # fmt: skip
         trained = [p for p in model.parameters() if _trained(p)]
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient: nothing to train")
@@ -41,7 +45,7 @@ class Replicas:
                 value = fixed.detach().clone(memory_format=torch.contiguous_format)
                 cluster.broadcast(value)
                 fixed.detach().copy_(value)
-        self.cluster, self.models = cluster, [model]
+        self.cluster, self.models, self.accumulate, self.loss_scale = cluster, [model], accumulate, loss_scale
         self.models += [copy.deepcopy(model) for _ in cluster.ranks[1:]]
         self.parameters = sum(p.numel() for p in trained)
         line = 64 // dtype.itemsize

@@ -49,17 +49,20 @@ class Tally:
 def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tally):
     """Yields the number of finished steps after each, from where `algorithm` stands to `steps`.
 
-    schedule: step (from 0) -> γ. The random numbers that a model draws (dropout) depend on (seed, step, worker) alone.
+    schedule: step (from 0) -> γ. A worker's batch may come in pieces that go through its model one after another. The random
+    numbers that a model draws (dropout) depend on (seed, step, worker, piece) alone, whichever process of a node has the piece.
     """
     cluster = replicas.cluster
     for step in range(algorithm.steps, steps):
         tally.start()
         algorithm.start()
         batches = task.batches(step, cluster.ranks, (cluster.lane, cluster.node))
-        for row, (model, batch) in enumerate(zip(replicas.models, batches)):
-            torch.manual_seed((((seed * 1_000_003 + step) * 65_537 + cluster.ranks[row]) * 1_009 + cluster.lane) % 2**63)
-            loss = task.loss(model, batch)
-            loss.backward()
+        for i, batch in enumerate(batches):
+            row, k = divmod(i, replicas.accumulate)
+            piece = cluster.lane + k * cluster.node
+            torch.manual_seed((((seed * 1_000_003 + step) * 65_537 + cluster.ranks[row]) * 1_009 + piece) % 2**63)
+            loss = task.loss(replicas.models[row], batch)
+            (loss if replicas.loss_scale == 1 else loss * replicas.loss_scale).backward()
             tally.losses[row] += loss.detach()
         tally.count += 1
         algorithm.step(schedule(step))
@@ -68,11 +71,12 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tal
 
 
 @torch.no_grad()
-def evaluate(task, replicas, algorithm, tally: Tally, batchnorm: str = "average", samples: int | None = None) -> dict:
-    """A metric row for the averaged model, its BatchNorm statistics by `batchnorm`, and the band (min, max) over workers.
+def evaluate(task, replicas, algorithm, tally: Tally, batchnorm: str = "average", samples: int | None = None):
+    """The averaged model, its BatchNorm statistics by `batchnorm`, and a metric row: for this model, and the band (min, max) over workers.
 
     batchnorm: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
-    to 16 workers). samples: how many validation samples each worker's own model is judged on (None: all of them).
+    to 16 workers). samples: how many validation samples each worker's own model is judged on (None: all of them); the processes of a
+    node share them out. Returns (row, model); the model is overwritten by the next call.
     Changes nothing that training sees. Collective: every process calls it and gets the same row, but for its own clock; the losses are
     counted anew.
     """
@@ -104,11 +108,13 @@ def evaluate(task, replicas, algorithm, tally: Tally, batchnorm: str = "average"
     band = []
     for replica in replicas.models:
         modes = [(module, module.training) for module in replica.modules()]
-        sums = task.evaluate(replica.eval(), (0, 1), samples)
+        sums = task.evaluate(replica.eval(), (cluster.lane, cluster.node), samples)
         for module, training in modes:  # one by one: a frozen BatchNorm stays frozen
             module.training = training
-        band.append([sums[name] / sums["count"] for name in totals])
+        band.append([sums[name] for name in (*totals, "count")])
     band = torch.tensor(band, dtype=torch.float64, device=replicas.rows.device)
+    cluster.reduce(band, inside=True)
+    band = band[:, :-1] / band[:, -1:]
     low, high = band.amin(0), band.amax(0)
     cluster.reduce(low, "min")
     cluster.reduce(high, "max")
@@ -131,4 +137,4 @@ def evaluate(task, replicas, algorithm, tally: Tally, batchnorm: str = "average"
     }
     tally.losses.zero_()
     tally.count = 0
-    return row
+    return row, model

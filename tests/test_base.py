@@ -493,6 +493,34 @@ def test_buckets_are_armed_for_one_step():
     assert not algorithm.buckets.armed  # the next backward may be one of several
 
 
+def test_what_a_skipped_step_left_under_way_is_waited_for_and_dropped():
+    replicas, algorithm = build(quadratic(4), 4, "allreduce")
+    buckets, waited = algorithm.buckets, []
+    replicas.cluster.reduce = lambda *arguments, **options: SimpleNamespace(wait=lambda: waited.append(True))
+    algorithm.start()
+    replicas.rows.grad.fill_(1.0)
+    buckets._send()  # as backward does; then the loop skips the step
+    algorithm.start()
+    assert waited and not buckets.sums and not replicas.rows.grad.any()
+
+
+def test_an_optimizer_is_judged_with_its_own_options():
+    class Normed(torch.optim.SGD):
+        """Elementwise unless told to divide by the norm of the whole gradient."""
+
+        def step(self):
+            for p in self.param_groups[0]["params"] if self.param_groups[0].get("normed") else ():
+                p.grad = p.grad / p.grad.norm()
+            super().step()
+
+    replicas = Replicas(quadratic(2).model(), Cluster(2))
+    optimizer = Normed([replicas.rows], lr=0.1)
+    slowmo.LocalSGD(replicas, optimizer)
+    optimizer.param_groups[0]["normed"] = True
+    with pytest.raises(ValueError, match="not elementwise"):
+        slowmo.LocalSGD(replicas, optimizer)
+
+
 def test_restart_refuses_a_word_it_does_not_know():
     _, algorithm = build(quadratic(2), 2, "local_sgd")
     with pytest.raises(ValueError, match="choose one of reset, maintain, average"):

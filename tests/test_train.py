@@ -42,7 +42,7 @@ def trained(evaluations=(), m=3, base="sgp", optimizer=adam, steps=5, seed=0, ta
     task = task or Normal()
     replicas, algorithm = build(task, m, base, optimizer, slow)
     tally = Tally(len(replicas.models), torch.device("cpu"))
-    measure = lambda: [evaluate(task, replicas, algorithm, tally, norms, samples=4) for norms in evaluations]
+    measure = lambda: [evaluate(task, replicas, algorithm, tally, norms, samples=4)[0] for norms in evaluations]
     rows = measure()
     for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, seed, tally):
         rows += measure()
@@ -74,7 +74,7 @@ def test_evaluations_leave_the_mode_of_each_module():
 def test_a_second_evaluation_gives_the_same_row(norms):
     task = Normal()
     replicas, algorithm, tally, _ = trained(task=task)
-    first, second = (evaluate(task, replicas, algorithm, tally, norms) for _ in range(2))
+    first, second = (evaluate(task, replicas, algorithm, tally, norms)[0] for _ in range(2))
     assert first.pop("train_loss") > 0 and second.pop("train_loss") is None  # losses are counted anew
     assert first == second and norms in first["evaluated"] and "3 workers" in first["evaluated"]
 
@@ -83,7 +83,7 @@ def test_a_row_is_what_it_says():
     task = Normal(dropout=0.0)
     replicas, algorithm, tally, _ = trained(m=4, task=task)
     losses = tally.losses.clone()
-    row = evaluate(task, replicas, algorithm, tally, samples=4)
+    row, _ = evaluate(task, replicas, algorithm, tally, samples=4)
     x, models = algorithm.average(), replicas.models
 
     def loss(model, count):
@@ -106,7 +106,7 @@ def test_a_row_is_what_it_says():
 def test_a_row_without_slow_momentum_or_training():
     task = quadratic(2)
     replicas, algorithm = build(task, 2, "sgp")
-    row = evaluate(task, replicas, algorithm, Tally(2, torch.device("cpu")))
+    row, _ = evaluate(task, replicas, algorithm, Tally(2, torch.device("cpu")))
     assert row["u_norm"] is None and row["train_loss"] is None and row["seconds"] == 0 and row["spread"] == 0
 
 
@@ -117,7 +117,7 @@ def test_an_optimizer_without_epsilon_is_measured():
     for _ in train(task, replicas, algorithm, lambda step: 0.1, 3, 0, tally):
         pass
     assert torch.isfinite(replicas.models[0].x).all()
-    assert math.isfinite(evaluate(task, replicas, algorithm, tally)["spread"])
+    assert math.isfinite(evaluate(task, replicas, algorithm, tally)[0]["spread"])
 
 
 def test_the_clock_counts_training_alone(monkeypatch):
