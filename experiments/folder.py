@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_model
 
 from experiments.plan import choices, flat
 
@@ -77,6 +77,16 @@ def _earlier(path: Path, cfg: DictConfig) -> tuple[dict | None, str | None]:
             return None, f"{path} holds a run whose {', '.join(changed)} differ: move or delete it, or set runs=ANOTHER_FOLDER"
     result = path / "result.json"
     return (json.loads(result.read_text()) if result.exists() else None), None
+
+
+def load_model(path: Path, model: torch.nn.Module) -> None:
+    """Fill `model` from a file of models/. Tied weights stand there once, under one of their names. RuntimeError for another network's file."""
+    state, names = load_file(path), {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    for tied in names.values():
+        state |= {name: state[other] for other in tied if other in state for name in tied}
+    model.load_state_dict(state)
 
 
 class Book:

@@ -59,4 +59,6 @@ fi
 PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$constraints"
 PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }$constraints"
 export PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
-.venv/bin/python -m pip install -e '.[photos,test,oracles]'
+# fairseq compiles against torch: against the one above, not against a second one that an isolated build would fetch.
+.venv/bin/python -m pip install 'torch>=2.4' numpy cython 'setuptools>=77' wheel
+.venv/bin/python -m pip install --no-build-isolation -e '.[photos,test,oracles,wmt16]'
