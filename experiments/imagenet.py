@@ -1,5 +1,6 @@
 """ImageNet, or any pictures in its layout: torchvision's networks on ImageFolder trees of JPEG files."""
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -34,8 +35,8 @@ class ImageNet(Task):
 
     The order depends on (seed, epoch), a picture's augmentation on (seed, epoch, picture) alone; shards are disjoint, reshuffled each
     epoch; what does not fill a batch is left out of that epoch. A picture that cannot be read is named and counted; in training the
-    next one of the list takes its place, in validation it is left out. The last BatchNorm of each block starts at 0, the last layer
-    from N(0, 0.01) (Goyal et al. 2017).
+    next one of the list takes its place, in validation it is left out. In torchvision's ResNets the last BatchNorm of each block starts
+    at 0 and the last layer from N(0, 0.01) (Goyal et al. 2017); a small ResNet (`layers`) would hardly learn from there.
     Raises ValueError for numbers that do not fit and for too many unreadable pictures, FileNotFoundError for missing data.
     """
 
@@ -69,13 +70,13 @@ class ImageNet(Task):
         torch.manual_seed(self.seed % 2**63)
         if self.layers is None:
             model = torchvision.models.get_model(self.name, num_classes=self.data.classes)
+            for block in model.modules():
+                if isinstance(block, (torchvision.models.resnet.Bottleneck, torchvision.models.resnet.BasicBlock)):
+                    torch.nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+            if isinstance(model, torchvision.models.ResNet):
+                torch.nn.init.normal_(model.fc.weight, 0, 0.01)
         else:
             model = ResNet(self.layers, self.width, self.data.classes, stride=2)
-        for block in model.modules():
-            if isinstance(block, (torchvision.models.resnet.Bottleneck, torchvision.models.resnet.BasicBlock)):
-                torch.nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
-        if isinstance(model, torchvision.models.ResNet):
-            torch.nn.init.normal_(model.fc.weight, 0, 0.01)
         return model.to(self.device, self.dtype, memory_format=self.memory_format)
 
     def batches(self, step: int, workers, part: tuple[int, int]):
@@ -85,6 +86,7 @@ class ImageNet(Task):
         if self.loaders and asked == self._next:  # the second step in a row: from now on the loaders work ahead
             if self._ahead is None:
                 self._ahead = iter(self._loader(self._keys(*asked), "train"))
+                atexit.register(self._stop)  # later, and so run before, what multiprocessing has registered: that would wait
             pieces = self._ahead
         else:  # a step of its own: another's prefetched batches stay
             keys = self._keys(*asked)
@@ -115,6 +117,9 @@ class ImageNet(Task):
                 count += len(labels)
         nll, first, among = sums.tolist()
         return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * first, "top5": 100 * among}
+
+    def _stop(self) -> None:
+        self._ahead = None
 
     def _precision(self):
         return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -269,6 +274,7 @@ def _collate(samples):
 
 
 def _deaf(_) -> None:
-    """A loader leaves signals to its run, which finishes its step and saves."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    """A loader leaves signals to its run, which finishes its step and saves; a second SIGTERM ends it, the first may be for all of the job."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

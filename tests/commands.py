@@ -23,8 +23,11 @@ import torch
 from omegaconf import OmegaConf
 
 import run  # noqa: F401  the imports of every child, done once
-from experiments import cifar10, photos, quadratic, schedules  # noqa: F401
+from experiments import cifar10, imagenet, photos, quadratic, schedules  # noqa: F401
 from slowmo.train import Tally
+
+with contextlib.suppress(FileNotFoundError):  # the extra is not installed
+    from experiments import wmt16  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 # what torch and Hydra import, and their parsers learn, when first used: a second in every child otherwise
