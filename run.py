@@ -168,7 +168,7 @@ def _lock(path: Path, cluster: Cluster):
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders, forked later, would hold that on
         except BlockingIOError:
             free = False
     if not cluster.broadcast_object(free):

@@ -107,20 +107,20 @@ class Replicas:
         return [(offset, p.numel()) for p, _, _, offset in self._entries[: len(self._entries) // len(self.models)]]
 
     def buffers(self) -> torch.Tensor:
-        """The models' buffers (BatchNorm statistics and counters) `[n, b]` in float64, which holds float32 and counters exactly."""
-        return torch.stack([_flat(model.buffers(), self.rows.device) for model in self.models])
+        """The models' persistent buffers (BatchNorm statistics and counters) `[n, b]` in float64, which holds float32 and counters exactly."""
+        return torch.stack([_flat(_kept(model), self.rows.device) for model in self.models])
 
     def load_buffers(self, values: torch.Tensor) -> None:
         """The inverse of `buffers`."""
         for model, row in zip(self.models, values):
-            _fill(model.buffers(), row)
+            _fill(_kept(model), row)
 
     def snapshot(self, x: torch.Tensor, buffers: torch.Tensor) -> torch.nn.Module:
         """A model in eval mode with parameters `x` `[1, d]` and buffers `[1, b]`: one copy, reused by the next call."""
         if self._copy is None:
             self._copy = copy.deepcopy(self.models[0])
         _fill(filter(_trained, self._copy.parameters()), x[0], [view for _, view, _, _ in self._entries])
-        _fill(self._copy.buffers(), buffers[0])
+        _fill(_kept(self._copy), buffers[0])
         return self._copy.eval()
 
     @staticmethod
@@ -152,6 +152,12 @@ def recalibrate(model: torch.nn.Module, batches, forward) -> None:
 
 def _trained(p: torch.Tensor) -> bool:
     return p.requires_grad and p.numel() > 0
+
+
+def _kept(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Buffers that are state: a table of positions, say, is not."""
+    names = model.state_dict(keep_vars=True).keys()
+    return [buffer for name, buffer in model.named_buffers() if name in names]
 
 
 def _dense(p: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -372,22 +373,79 @@ def test_half_a_metric_row_is_no_row(straight, tmp_path):
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
 
 
+def real(task, request) -> tuple[str, ...]:
+    """Eleven steps of SGP with SlowMo on small real data, a network with BatchNorm or with dropout."""
+    if task == "cifar10":
+        return (*PICTURES, f"data.root={request.getfixturevalue('cache')}")
+    words = ("workers=4", "steps=11", "base=sgp", "outer.tau=3", "evaluate.every=3", "checkpoint_every=4", "evaluate.keep=2")
+    if task == "imagenet":
+        return (*words, "task=imagenet", *small("imagenet", request), "optimizer.momentum=0.9", "task.loaders=1")
+    return (*words, "task=wmt16", *small("wmt16", request), "optimizer=adam", "outer.buffers=maintain")
+
+
+def numbers(row) -> dict:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+
+
+def same_files(folder, expected, part) -> dict:
+    """Bitwise, tensor by tensor; the last file's."""
+    names = sorted(path.relative_to(expected / part) for path in (expected / part).rglob("*.safetensors"))
+    assert names and names == sorted(path.relative_to(folder / part) for path in (folder / part).rglob("*.safetensors"))
+    for name in names:
+        left, right = (load_file(path / part / name) for path in (folder, expected))
+        assert left.keys() == right.keys() and all((left[key] == right[key]).all() for key in right), name
+    return left
+
+
 @photos
-def test_killed_with_pictures(cache, tmp_path):
-    """A small ResNet: parameters, momenta, x0 and u, push-sum weights and BatchNorm statistics of every worker, bitwise."""
-    words = (*PICTURES, f"data.root={cache}")
+@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
+def test_killed_with_real_data(task, request, tmp_path):
+    """Parameters, momenta, x0 and u, push-sum weights and BatchNorm statistics of every worker, bitwise; so the averaged models and BLEU."""
+    words = real(task, request)
     expected = finished(*words, "runs=straight", cwd=tmp_path)
     for step in (6, 6):  # the second counts from the checkpoint of step 4
         assert command(*words, cwd=tmp_path, before=Place(Tally, "start", step)).code == -signal.SIGKILL
     folder = finished(*words, cwd=tmp_path)
     assert rows(folder) == rows(expected)
-    names = sorted(path.name for path in (expected / "checkpoints" / "step-000000011").glob("*.safetensors"))
-    assert len(names) == 5
-    for name in names:
-        left, right = (load_file(path / "checkpoints" / "step-000000011" / name) for path in (folder, expected))
-        assert left.keys() == right.keys() and all((left[key] == right[key]).all() for key in right)
-    assert {"z", "w", "optimizer.momentum_buffer", "own.buffers"} <= left.keys()
-    assert left["own.buffers"].std() > 0
+    state = same_files(folder, expected, "checkpoints/step-000000011")
+    same_files(folder, expected, "models")
+    assert {"z", "w", "own.buffers"} | {f"optimizer.{'exp_avg' if task == 'wmt16' else 'momentum_buffer'}"} <= state.keys()
+    assert task == "wmt16" or state["own.buffers"].std() > 0
+    assert [strict(path / "result.json").get("bleu") for path in (folder,)] == [strict(expected / "result.json").get("bleu")]
+
+
+@photos
+@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
+def test_two_processes_are_one_with_real_data(task, request, tmp_path):
+    words = [word for word in real(task, request) if not word.startswith("outer.")]
+    alone, two = (finished(*words, "outer=none", f"runs=on{p}", cwd=tmp_path, processes=p) for p in (1, 2))
+    same_files(two, alone, "checkpoints/step-000000011")  # gossip reorders no sum
+    for row, other in zip(rows(two), rows(alone), strict=True):
+        assert numbers(row) == pytest.approx(numbers(other), rel=1e-5, abs=1e-7)
+
+
+def test_node_workers_are_one_process_with_pieces(request, tmp_path):
+    """Two workers of two processes each, on texts: each process takes one of a worker's two pieces."""
+    words = (*real("wmt16", request), "workers=2", "dtype=float64", "optimizer=sgd")
+    alone, nodes = (finished(*words, f"runs=on{p}", cwd=tmp_path, processes=p) for p in (1, 4))
+    for row, other in zip(rows(nodes), rows(alone), strict=True):
+        assert numbers(row) == pytest.approx(numbers(other), rel=1e-5, abs=1e-6)  # fairseq's softmax is in float32
+
+
+def test_loaders_survive_the_signal_of_their_run(request, tmp_path):
+    """A scheduler signals every process of a job: the loaders must live until the run has finished its step."""
+    words = real("imagenet", request)
+    expected = finished(*words, "runs=straight", cwd=tmp_path)
+
+    def everybody():
+        for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+            os.kill(process, signal.SIGTERM)
+
+    done = command(*words, cwd=tmp_path, before=lambda rank: at_call(Tally, "start", 5, everybody))
+    assert done.code == 128 + signal.SIGTERM and "SIGTERM: saved at step 5" in done.out, done.text
+    folder = finished(*words, cwd=tmp_path)
+    assert rows(folder) == rows(expected)
+    same_files(folder, expected, "checkpoints/step-000000011")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
