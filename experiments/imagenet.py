@@ -29,8 +29,8 @@ class ImageNet(Task):
     pictures and of `classes` that there must be, `unreadable` (how many may be damaged), `cache` (where lists of files are kept).
 
     batch_size: total over the workers. model: a name that torchvision knows; with `layers`, a ResNet of basic blocks of this `width`
-    instead, its 3x3 stem of stride 2. size: pixels of a training crop (scale: the least share of the picture that it covers); resize: the short
-    side before validation's central crop. loaders: processes that read ahead, for each process. autocast: bfloat16, float16 (losses times
+    instead, its 3x3 stem of stride 2. size: pixels of a training crop (scale: the least share of the picture that it covers; flip: half of
+    them are mirrored); resize: the short side before validation's central crop. loaders: processes that read ahead, for each process. autocast: bfloat16, float16 (losses times
     `loss_scale`) or null; rows keep their dtype.
 
     The order depends on (seed, epoch), a picture's augmentation on (seed, epoch, picture) alone; shards are disjoint, reshuffled each
@@ -41,7 +41,7 @@ class ImageNet(Task):
     """
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, model: str, layers: list[int] | None,
-                 width: int, size: int, resize: int, scale: float, loaders: int, autocast: str | None, loss_scale: float,
+                 width: int, size: int, resize: int, scale: float, flip: bool, loaders: int, autocast: str | None, loss_scale: float,
                  channels_last: bool = True):  # fmt: skip
         if data.name not in ("imagenet", "scripts"):
             raise ValueError(f"data.name={data.name}: choose data=imagenet or data=scripts")
@@ -56,7 +56,7 @@ class ImageNet(Task):
         self.workers, self.seed, self.batch, self.data = workers, seed, batch_size // workers, data
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.name, self.layers, self.width = model, layers and list(layers), width
-        self.size, self.resize, self.scale, self.loaders = size, resize, scale, min(loaders, os.cpu_count() or 1)
+        self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, os.cpu_count() or 1)
         self.autocast = getattr(torch, autocast) if autocast else None
         self.loss_scale = loss_scale if autocast == "float16" else 1.0
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -185,7 +185,7 @@ class ImageNet(Task):
                         raise ValueError(f"{root}: {found} {what}, not {getattr(self.data, name)}: complete them, or set data.{name}={found}")
             from torchvision.transforms import v2
             crop = v2.RandomResizedCrop(self.size, scale=(self.scale, 1.0), antialias=True)
-            train = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+            train = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if self.flip else 0.0), v2.PILToTensor()])
             centre = v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.size), v2.PILToTensor()])
             self._sets = {
                 "train": Pictures(root / "train", *lists["train"][:2], train, self.seed),

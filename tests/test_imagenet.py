@@ -28,8 +28,8 @@ def make(root, tmp_path):
     def make(where=root, seed=0, workers=WORKERS, batch_size=BATCH, dtype="float32", unreadable=0, **options):
         data = SimpleNamespace(name="imagenet", root=str(where), cache=str(tmp_path / "cache"), train=COUNTS["train"],
                                validation=COUNTS["val"], classes=CLASSES, unreadable=unreadable)  # fmt: skip
-        settings = {"model": "resnet18", "layers": [1, 1, 1, 0], "width": 4, "size": 32, "resize": 36, "scale": 0.3, "loaders": 0,
-                    "autocast": None, "loss_scale": 1024.0} | options  # fmt: skip
+        settings = {"model": "resnet18", "layers": [1, 1, 1, 0], "width": 4, "size": 32, "resize": 36, "scale": 0.3, "flip": True,
+                    "loaders": 0, "autocast": None, "loss_scale": 1024.0} | options  # fmt: skip
         return ImageNet(workers, seed, dtype, "cpu", data, batch_size, **settings)
 
     return make
