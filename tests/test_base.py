@@ -332,8 +332,11 @@ def test_a_layer_without_gradient_is_averaged_all_the_same(base):
     assert all(torch.equal(p, q) for p, q in zip(replicas.models[0].parameters(), replicas.models[1].parameters()))
 
 
-def bucketed(m, everything, accumulate, base=slowmo.AllReduce):
-    """One step on real processes: (error against autograd alone, buckets, how many of them left during backward)."""
+def bucketed(m, everything, accumulate, base=slowmo.AllReduce, told=False):
+    """One step on real processes: (error against autograd alone, buckets, how many of them left during the last backward).
+
+    told: the replicas know how many backward passes there are, and `start` comes before the first; else before the last.
+    """
     Buckets.__init__.__defaults__ = (0.0001,)  # MiB a bucket after the first of 1 MiB; this process ends with the test
     model = Forks(wide=2**15)
     cluster = Cluster(m)
@@ -341,11 +344,13 @@ def bucketed(m, everything, accumulate, base=slowmo.AllReduce):
     workers = [(i, lane) for i in meet for lane in range(cluster.node)]
     start = flat(model)
     mean = torch.stack([gradient(model, i, everything, lane) for i, lane in workers]).mean(0)
-    replicas = Replicas(model, cluster)
+    replicas = Replicas(model, cluster, accumulate=1 + accumulate if told else 1)
     algorithm = base(replicas, sgd(replicas.rows))
     for backward in range(1 + accumulate):
-        if backward == accumulate:
+        if backward == (0 if told else accumulate):
             algorithm.start()
+        if backward == accumulate:
+            assert not algorithm.buckets.sums  # nothing left too early
         for i, replica in zip(cluster.ranks, replicas.models):
             replica(inputs(i, lane=cluster.lane), uses(i, everything)).backward()
     early = len(algorithm.buckets.sums)
@@ -356,12 +361,13 @@ def bucketed(m, everything, accumulate, base=slowmo.AllReduce):
 
 def buckets_everywhere():
     cases = [(m, everything, accumulate) for m in (1, 2, 4) for everything in (True, False) for accumulate in (0, 1)]
-    return {case: bucketed(*case) for case in cases}
+    told = [(2, everything, 2, slowmo.AllReduce, True) for everything in (True, False)]
+    return {case: bucketed(*case) for case in cases + told}
 
 
 def test_buckets_give_the_mean_gradient_whatever_is_missing():
     for results in spawn(buckets_everywhere, 2):
-        for (m, everything, accumulate), (error, buckets, early) in results.items():
+        for (m, everything, accumulate, *_), (error, buckets, early) in results.items():
             assert error < 1e-12, (m, everything, accumulate)
             assert buckets >= 3
             # with all gradients there every bucket leaves during backward; a missing one holds back what comes after it

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BASES, sgd
+from helpers import BASES, quadratic, sgd
 from normed import Normal
 from processes import spawn
 
@@ -399,3 +399,30 @@ def test_restart_and_load_reach_parameters_of_another_dtype():
     assert all((one.narrow == 1.5).all() and one.narrow.dtype == torch.bfloat16 for one in replicas.models)
     base.load(*state)
     assert all((one.narrow == 0).all() for one in replicas.models)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_loss_scale_changes_nothing_else(base):
+    """A power of two: bitwise, and the losses that are counted are unscaled."""
+    results = []
+    for scale in (1.0, 1024.0):
+        task = quadratic(2)
+        replicas = Replicas(task.model(), Cluster(2), loss_scale=scale)
+        algorithm, tally = BASES[base](replicas, sgd(replicas.rows, momentum=0.9)), Tally(2, torch.device("cpu"))
+        for _ in train(task, replicas, algorithm, lambda step: 0.1, 4, 1, tally):
+            pass
+        results.append((replicas.rows.detach().clone(), tally.losses))
+    assert all(torch.equal(plain, scaled) for plain, scaled in zip(*results))
+
+
+def test_a_table_is_no_state():
+    """Buffers that are not persistent are neither saved nor averaged."""
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("table", torch.arange(5.0), persistent=False)
+    replicas = Replicas(model, Cluster(2))
+    buffers = replicas.buffers()
+    assert buffers.shape == (2, 5)  # mean, variance, counter
+    replicas.models[1].table += 1
+    replicas.load_buffers(buffers + 3)
+    assert replicas.models[0].running_mean.tolist() == [3, 3] and replicas.models[1].table[0] == 1
+    assert replicas.snapshot(replicas.rows.detach()[:1], buffers[1:]).running_var.tolist() == [1, 1]

@@ -227,3 +227,18 @@ def test_foldings_draw_the_same_and_measure_the_same():
 @pytest.mark.parametrize("seed", [0, 2**16, 20_240_101])
 def test_any_seed_trains(seed):
     trained(seed=seed, steps=1)
+
+
+def band(m):
+    """One worker's own model, judged by the processes of its node together."""
+    task = Normal(dropout=0.0)
+    replicas, algorithm, tally, _ = trained(m=m, steps=0, task=task)
+    row, _ = evaluate(task, replicas, algorithm, tally, samples=5)
+    return row["validation_loss_min"], row["validation_loss_max"], len(task.seen)
+
+
+def test_the_processes_of_a_node_share_out_the_band():
+    low, high, _ = band(2)
+    for processes in (2, 4, 12):  # the last with six for each worker's five samples
+        for result in spawn(band, processes, 2):
+            assert result == (pytest.approx(low, rel=1e-12), pytest.approx(high, rel=1e-12), 2)
