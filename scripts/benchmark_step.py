@@ -1,77 +1,89 @@
-"""What folding and SlowMo cost: m workers in one process against m plain PyTorch loops over the same batches.
+"""What folding and SlowMo cost: an experiment's m workers in one process against m plain PyTorch loops over the same batches.
 
-    python scripts/benchmark_step.py [--workers 8] [--batch 32] [--model resnet18] [--rounds 5]
+    python scripts/benchmark_step.py experiment=cifar10_slowmo_sgp workers=8 task.batch_size=256 [--random] [--rounds 5] [--threads 2]
+    python scripts/benchmark_step.py experiment=ende_sgp
 
-Prints the ratio of an iteration (aim <= 1.05) and the share of SlowMo itself at tau = 12 (aim <= 1%); then pictures a second beside one
-plain model with the same total batch, and how long the paper's 200 epochs of CIFAR-10 would take. The sides alternate iteration by
-iteration in one process, so that noise of the machine hits all; medians of paired ratios are printed with quartiles.
+Words with = go to the experiment as on run.py's command line. --random: random pictures in the data's shape, no data needed.
+
+Prints the ratio of an iteration (aim <= 1.05) and the share of SlowMo itself at tau = 12 (aim <= 1%); then pictures or tokens a second
+beside one plain model with the same total batch, how long the whole experiment would take, and on a GPU the memory. The sides alternate
+iteration by iteration in one process, so that noise of the machine hits all; medians of paired ratios are printed with quartiles. The
+base is Local SGD, whose step is the optimizer's alone: messages are copies here and cost no link.
 """
 
 import argparse
 import statistics
 import time
+from pathlib import Path
 
+import hydra
 import torch
-from torch.nn import functional as F
+from omegaconf import OmegaConf
 
 import slowmo
-from experiments.cifar10 import ResNet
+from experiments import plan
 
-MODELS = {"resnet18": ([2, 2, 2, 2], 64), "resnet8": ([1, 1, 1, 0], 16)}
+TAU = 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--model", choices=MODELS, default="resnet18")
+    parser.add_argument("overrides", nargs="+")
+    parser.add_argument("--random", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tau", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device, m = torch.device(options.device), options.workers
+    device = torch.device(options.device)
+    with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+        cfg = hydra.compose("config", [*options.overrides, f"cluster.device={options.device}"])
+    task, m = plan.build(cfg.task), cfg.workers
+    if options.random:
+        batches = [pictures(task, device) for _ in range(m)]
+    else:
+        batches = list(task.batches(0, range(m), (0, 1)))
+    own = [batches[i * task.pieces : (i + 1) * task.pieces] for i in range(m)]  # each worker's
 
-    def model():
-        torch.manual_seed(0)
-        return ResNet(*MODELS[options.model]).to(device, memory_format=torch.channels_last)
+    def optimizer(parameters, fused):
+        return plan.build(OmegaConf.merge(cfg.optimizer, {"fused": fused}), list(parameters))
 
-    images = torch.randn(m, options.batch, 3, 32, 32, device=device)
-    batches = [(x.contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (options.batch,), device=device)) for x in images]
-    settings = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-
-    plain = [model() for _ in range(m)]
-    optimizers = {fused: [torch.optim.SGD(p.parameters(), fused=fused, **settings) for p in plain] for fused in (False, True)}
+    plain = [task.model() for _ in range(m)]
+    optimizers = {fused: [optimizer(model.parameters(), fused) for model in plain] for fused in (False, True)}
 
     def loops(fused):
-        for twin, optimizer, (x, y) in zip(plain, optimizers[fused], batches):
-            F.cross_entropy(twin(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for model, step, pieces in zip(plain, optimizers[fused], own):
+            for piece in pieces:
+                task.loss(model, piece).backward()
+            step.step()
+            step.zero_grad(set_to_none=True)
 
-    one = model()
-    whole = [torch.cat(part) for part in zip(*batches)]
-    whole[0] = whole[0].contiguous(memory_format=torch.channels_last)
-    one_optimizer = torch.optim.SGD(one.parameters(), fused=True, **settings)
+    one = task.model()
+    one_step = optimizer(one.parameters(), True)
+    whole = batches  # texts go through one after another
+    if isinstance(batches[0][0], torch.Tensor):
+        whole = [[torch.cat(part) for part in zip(*batches)]]
+        whole[0][0] = whole[0][0].contiguous(memory_format=task.memory_format)
 
     def large_batch():
-        F.cross_entropy(one(whole[0]), whole[1]).backward()
-        one_optimizer.step()
-        one_optimizer.zero_grad(set_to_none=True)
+        for batch in whole:
+            task.loss(one, batch).backward()
+        one_step.step()
+        one_step.zero_grad(set_to_none=True)
 
-    replicas = slowmo.Replicas(model(), slowmo.Cluster(m, device))
-    base = slowmo.LocalSGD(replicas, torch.optim.SGD([replicas.rows], fused=True, **settings))
-    outer = slowmo.SlowMo(base, tau=options.tau, beta=0.6)
+    replicas = slowmo.Replicas(task.model(), slowmo.Cluster(m, device), accumulate=task.pieces)
+    base = slowmo.LocalSGD(replicas, optimizer([replicas.rows], True))
+    outer = slowmo.SlowMo(base, tau=TAU, beta=0.6)
 
     def folded():
         base.start()
-        for replica, (x, y) in zip(replicas.models, batches):
-            F.cross_entropy(replica(x), y).backward()
+        for model, pieces in zip(replicas.models, own):
+            for piece in pieces:
+                task.loss(model, piece).backward()
         base.step()
 
     def slow():
-        outer._slow_step(settings["lr"])
+        outer._slow_step(cfg.optimizer.lr)
 
     def seconds(call, *arguments):
         if device.type == "cuda":
@@ -100,19 +112,34 @@ def main() -> None:
     def ratios(a, b):
         return [x / y for x, y in zip(times[a], times[b])]
 
-    print(f"{m} workers, {options.model}, batch {options.batch}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}")
-    show("folded iteration over plain loops (torch's default SGD)", ratios("folded", "plain"))
-    show("folded iteration over plain loops (fused SGD)", ratios("folded", "plain fused"))
-    share = [s / options.tau / f for s, f in zip(times["slow step"], times["folded"])]
-    show(f"share of the slow step at tau = {options.tau}", share)
+    print(f"{' '.join(options.overrides)}: m = {m}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}")
+    show("folded iteration over plain loops (torch's default optimizer)", ratios("folded", "plain"))
+    show("folded iteration over plain loops (fused)", ratios("folded", "plain fused"))
+    show(f"share of the slow step at tau = {TAU}", [s / TAU / f for s, f in zip(times["slow step"], times["folded"])])
     # its reset makes the next step allocate the momentum anew
-    after = [(a - f) / options.tau / f for a, f in zip(times["first step after a reset"], times["folded"])]
+    after = [(a - f) / TAU / f for a, f in zip(times["first step after a reset"], times["folded"])]
     show("share of what its reset costs the next step", after)
     show("folded iteration over one plain model with the same total batch", ratios("folded", "one plain model"))
-    total = m * options.batch
+    counted = isinstance(batches[0][0], torch.Tensor)
+    total = sum(len(batch[1]) if counted else int(batch[0]["ntokens"]) for batch in batches)
+    steps = plan.steps(cfg, task)
     for name in ("folded", "one plain model"):
-        rate = total / statistics.median(times[name])
-        print(f"{name}: {rate:,.0f} pictures/s; 200 epochs of 50,000 pictures: {200 * 50_000 / rate / 3600:.2f} hours")
+        pace = statistics.median(times[name])
+        unit = "pictures" if counted else "target tokens"
+        print(f"{name}: {total / pace:,.0f} {unit}/s; {steps:,} such iterations: {steps * pace / 3600:.2f} hours")
+    if device.type == "cuda":
+        rows = replicas.rows.numel() * replicas.rows.element_size()
+        del plain, optimizers, one, one_step, whole
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        folded()
+        print(f"memory of the folded side at its peak: {torch.cuda.max_memory_allocated() / rows:.2f} x its rows ({rows / 2**30:.2f} GiB)")
+
+
+def pictures(task, device):
+    size = getattr(task, "size", 32)
+    x = torch.randn(task.batch, 3, size, size, dtype=task.dtype, device=device).contiguous(memory_format=task.memory_format)
+    return x, torch.randint(0, 10, (task.batch,), device=device)
 
 
 if __name__ == "__main__":
