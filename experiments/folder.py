@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_model
 from experiments.plan import choices, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
-NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "data.root", "data.download", "data.cache", "task.problem",
-           "task.loaders")  # fmt: skip
+NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "data.root", "data.download", "data.cache",
+           "task.problem", "task.loaders")  # fmt: skip
 
 
 def of(cfg: DictConfig, task) -> Path:
@@ -80,7 +80,7 @@ def _earlier(path: Path, cfg: DictConfig) -> tuple[dict | None, str | None]:
 
 
 def load_model(path: Path, model: torch.nn.Module) -> None:
-    """Fill `model` from a file of models/. Tied weights stand there once, under one of their names. RuntimeError for another network's file."""
+    """Fill `model` from a file of models/, where tied weights stand once. RuntimeError for another network's file."""
     state, names = load_file(path), {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)

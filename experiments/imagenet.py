@@ -29,9 +29,9 @@ class ImageNet(Task):
     pictures and of `classes` that there must be, `unreadable` (how many may be damaged), `cache` (where lists of files are kept).
 
     batch_size: total over the workers. model: a name that torchvision knows; with `layers`, a ResNet of basic blocks of this `width`
-    instead, its 3x3 stem of stride 2. size: pixels of a training crop (scale: the least share of the picture that it covers; flip: half of
-    them are mirrored); resize: the short side before validation's central crop. loaders: processes that read ahead, for each process. autocast: bfloat16, float16 (losses times
-    `loss_scale`) or null; rows keep their dtype.
+    instead, its 3x3 stem of stride 2. size: pixels of a training crop (scale: the least share of the picture that it covers; flip:
+    half of them are mirrored); resize: the short side before validation's central crop. loaders: processes that read ahead, for each
+    process. autocast: bfloat16, float16 (losses times `loss_scale`) or null; rows keep their dtype.
 
     The order depends on (seed, epoch), a picture's augmentation on (seed, epoch, picture) alone; shards are disjoint, reshuffled each
     epoch; what does not fill a batch is left out of that epoch. A picture that cannot be read is named and counted; in training the
@@ -101,7 +101,7 @@ class ImageNet(Task):
             return F.cross_entropy(model(pictures), labels)
 
     def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
-        """Sums of the negative log likelihood (nats), and in per cent of correct answers, first or among five, over every part[1]-th picture."""
+        """Sums over every part[1]-th picture: negative log likelihood (nats); correct answers, first or among five, in per cent."""
         mine = range(self.data.validation)[part[0] : samples : part[1]]
         keys = [[(0, i) for i in mine[k : k + 250]] for k in range(0, len(mine), 250)]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -182,7 +182,8 @@ class ImageNet(Task):
                 names, _, classes = lists[part]
                 for what, found, name in ((f"pictures in {part}/", len(names), key), ("classes", len(classes), "classes")):
                     if found != getattr(self.data, name):
-                        raise ValueError(f"{root}: {found} {what}, not {getattr(self.data, name)}: complete them, or set data.{name}={found}")
+                        due = getattr(self.data, name)
+                        raise ValueError(f"{root}: {found} {what}, not {due}: complete them, or set data.{name}={found}")
             from torchvision.transforms import v2
             crop = v2.RandomResizedCrop(self.size, scale=(self.scale, 1.0), antialias=True)
             train = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if self.flip else 0.0), v2.PILToTensor()])
@@ -232,7 +233,7 @@ class Pictures(Dataset):
 
 
 def files(root: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(names [N] bytes below root, labels [N], classes), in ImageFolder's order. Walked once: the list is kept in `cache` until a folder changes.
+    """(names [N] bytes below root, labels [N], classes), in ImageFolder's order; kept in `cache` until a folder changes.
 
     FileNotFoundError for a class without a picture. ImageNet's 1.28 million names take 40 MB; a start then asks 1,001 folders for their
     time of change instead of listing them.
@@ -274,7 +275,7 @@ def _collate(samples):
 
 
 def _deaf(_) -> None:
-    """A loader leaves signals to its run, which finishes its step and saves; a second SIGTERM ends it, the first may be for all of the job."""
+    """A loader leaves signals to its run, which finishes its step and saves; a second SIGTERM ends it, the first may be everybody's."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

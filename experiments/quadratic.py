@@ -9,6 +9,7 @@ import torch
 
 from experiments import Task
 
+
 class Quadratic(Task):
     """problem: an `.npz` with `A` [m, d, d], `b` [m, d], `x0` [d]; None draws one from the seed, with eigenvalues in [0.5, 1.5].
 

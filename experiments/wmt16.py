@@ -1,4 +1,4 @@
-"""WMT16 En-De, or any pair of languages in fairseq's data-bin format. Data, batching by tokens, network, criterion and beam search are fairseq's."""
+"""WMT16 En-De, or other English-German texts in fairseq's data-bin format. Data, batches, network, criterion, beam search: fairseq's."""
 
 import argparse
 import contextlib
@@ -106,8 +106,8 @@ class WMT16(Task):
         self.steps_per_epoch = len(self._batches) // (workers * pieces)
         if not self.steps_per_epoch:
             raise ValueError(
-                f"{len(self._batches)} batches of task.max_tokens={max_tokens} do not fill one step of {workers} workers with {pieces} each: "
-                "lower task.max_tokens or task.pieces"
+                f"{len(self._batches)} batches of task.max_tokens={max_tokens} do not fill one step of {workers} workers with {pieces} "
+                "each: lower task.max_tokens or task.pieces"
             )
         self._order = (None, None)
 

@@ -18,7 +18,8 @@ def results(folders: list[str]) -> list[dict]:
 
 
 def main() -> None:
-    table = Table(title="training loss, accuracy, NLL: best over the run, and last", box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
+    title = "training loss, accuracy, NLL: best over the run, and last"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
     for name in ("run", "seed", "loss", "accuracy", "NLL", "ms/it"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     lines = results(sys.argv[1:])

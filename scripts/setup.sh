@@ -28,6 +28,9 @@ if ! has_pip; then
              "or its version's, such as python3.12-venv"
     .venv/bin/python -m ensurepip >/dev/null 2>&1 || "$python" -m venv --clear .venv
 fi
+headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+[ -e "$headers/Python.h" ] || fail "fairseq is compiled, and $headers/Python.h is missing. On Debian and Ubuntu: apt install python3-dev"
+command -v c++ >/dev/null || fail "fairseq is compiled, and there is no C++ compiler. On Debian and Ubuntu: apt install g++"
 recent .venv/bin/python || fail ".venv holds a Python before 3.11. Start afresh: make clean"
 
 found=

@@ -136,7 +136,8 @@ def markdown(suite: str) -> str:
         return f"{mean(numbers):{sign}.{digits}f}{spread}" if numbers else "diverged"
 
     names = {field: (title, digits) for title, field, digits in columns}
-    titles = ("`python run.py experiment=`", *(title for title, *_ in columns), f"SlowMo's change: {', '.join(names[f][0] for f in changed)}")
+    change = f"SlowMo's change: {', '.join(names[field][0] for field in changed)}"
+    titles = ("`python run.py experiment=`", *(title for title, *_ in columns), change)
     text = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for cell in cells:
         if not any(line["experiment"] == f"{suite}_{cell}" for line in lines):

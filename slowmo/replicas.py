@@ -107,7 +107,7 @@ class Replicas:
         return [(offset, p.numel()) for p, _, _, offset in self._entries[: len(self._entries) // len(self.models)]]
 
     def buffers(self) -> torch.Tensor:
-        """The models' persistent buffers (BatchNorm statistics and counters) `[n, b]` in float64, which holds float32 and counters exactly."""
+        """The models' persistent buffers (BatchNorm statistics, counters) `[n, b]` in float64, which holds float32 and counters exactly."""
         return torch.stack([_flat(_kept(model), self.rows.device) for model in self.models])
 
     def load_buffers(self, values: torch.Tensor) -> None:

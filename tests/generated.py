@@ -29,9 +29,10 @@ PAIRS = {"train": 240, "valid": 14, "test": 9}
 def databin(root: Path) -> Path:
     """A data-bin as fairseq-preprocess --joined-dictionary writes it, and references: each German word is its English one in capitals."""
     import torch
-    from experiments import wmt16  # noqa: F401  imports fairseq without its marks on Hydra
     from fairseq.data import Dictionary
     from fairseq.data.indexed_dataset import make_builder
+
+    from experiments import wmt16  # noqa: F401  imports fairseq without its marks on Hydra
 
     rng = np.random.default_rng(0)
     english = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 6))) for _ in range(30)]

@@ -72,7 +72,8 @@ def test_a_batch_is_torchvision_s_of_the_same_file(make, root):
     from torchvision.transforms import v2
 
     task._pictures("train").transform = v2.Compose([v2.Resize((36, 36)), v2.PILToTensor()])
-    steps = v2.Compose([v2.Resize((36, 36)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(imagenet.MEAN, imagenet.STD)])
+    steps = v2.Compose([v2.Resize((36, 36)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                        v2.Normalize(imagenet.MEAN, imagenet.STD)])  # fmt: skip
     folder = torchvision.datasets.ImageFolder(root / "train", steps)
     for keys, (pictures, labels) in zip(task._keys(7, range(3), (0, 1)), task.batches(7, range(3), (0, 1))):
         for (_, number), picture, label in zip(keys, pictures, labels, strict=True):

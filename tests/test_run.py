@@ -91,9 +91,9 @@ def small(name, request) -> list[str]:
     """What makes an experiment small: few data in their real format, a thin net, a small batch."""
     suite = name.partition("_")[0]
     if suite in ("imagenet", "scripts"):
-        return ["data=imagenet", f"data.root={request.getfixturevalue('imagenet')}", "data.train=66", "data.validation=21", "data.classes=3",
-                "workers=4", "task.batch_size=8", "task.layers=[1,1,0,0]", "task.width=4", "task.size=32", "task.resize=36", "task.loaders=0",
-                "cluster.threads=1", "cluster.device=cpu", "evaluate.worker_samples=8"]  # fmt: skip
+        return ["data=imagenet", f"data.root={request.getfixturevalue('imagenet')}", "data.train=66", "data.validation=21",
+                "data.classes=3", "workers=4", "task.batch_size=8", "task.layers=[1,1,0,0]", "task.width=4", "task.size=32",
+                "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu", "evaluate.worker_samples=8"]  # fmt: skip
     if suite in ("wmt16", "ende"):
         return ["data=wmt16", f"data.root={request.getfixturevalue('wmt16')}", "workers=4", "task.layers=1", "task.dim=16", "task.ffn=16",
                 "task.heads=2", "task.max_tokens=48", "task.pieces=2", "cluster.threads=1", "cluster.device=cpu",
@@ -400,7 +400,7 @@ def same_files(folder, expected, part) -> dict:
 @photos
 @pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
 def test_killed_with_real_data(task, request, tmp_path):
-    """Parameters, momenta, x0 and u, push-sum weights and BatchNorm statistics of every worker, bitwise; so the averaged models and BLEU."""
+    """Parameters, momenta, x0 and u, push-sum weights, BatchNorm statistics of every worker, bitwise; averaged models and BLEU too."""
     words = real(task, request)
     expected = finished(*words, "runs=straight", cwd=tmp_path)
     for step in (6, 6):  # the second counts from the checkpoint of step 4

@@ -41,3 +41,9 @@ def test_compare_never_shows_a_diverged_run_as_a_number(tmp_path):
 def test_compare_without_runs_names_the_remedy(tmp_path):
     done = compare(tmp_path)
     assert done.returncode == 1 and "python run.py experiment=" in done.stderr
+
+
+def test_exporting_what_is_no_run_names_the_remedy(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/export_fairseq.py"), str(tmp_path), str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 1 and "holds 0 averaged models: name a run's folder" in done.stderr and not list(tmp_path.iterdir())

@@ -69,10 +69,11 @@ def test_shards_are_disjoint_and_reshuffled(make):
 def test_batches_are_fairseq_s(make):
     """The same batches as fairseq's own iterator gives over an epoch, in another order."""
     task = make()
-    own = task.fairseq.get_batch_iterator(task.fairseq.dataset("train"), max_tokens=64, max_positions=(64, 64), required_batch_size_multiple=8,
-                                          seed=1, disable_iterator_cache=True)  # fmt: skip
+    own = task.fairseq.get_batch_iterator(task.fairseq.dataset("train"), max_tokens=64, max_positions=(64, 64),
+                                          required_batch_size_multiple=8, seed=1, disable_iterator_cache=True)  # fmt: skip
     theirs = {tuple(sorted(sample["id"].tolist())) for sample in own.next_epoch_itr(shuffle=False)}
-    ours = [tuple(sorted(sample["id"].tolist())) for step in range(task.steps_per_epoch) for sample, _ in task.batches(step, range(2), (0, 1))]
+    drawn = [piece for step in range(task.steps_per_epoch) for piece in task.batches(step, range(2), (0, 1))]
+    ours = [tuple(sorted(sample["id"].tolist())) for sample, _ in drawn]
     assert set(ours) <= theirs and len(ours) == task.steps_per_epoch * 8 and len(theirs) - len(ours) < 8
     for sample, _ in task.batches(0, range(2), (0, 1)):
         assert sample["net_input"]["src_tokens"].numel() <= 64 and sample["target"].numel() <= 64
@@ -277,7 +278,8 @@ def test_fairseq_generate_reads_an_exported_run(trained, tmp_path):
     task, files = trained
     export(task, files[-1:], tmp_path / "model.pt")
     command = [sys.executable, "-m", "fairseq_cli.generate", str(task.root), "--path", str(tmp_path / "model.pt"), "--gen-subset", "valid",
-               "--beam", "4", "--lenpen", "0.6", "--remove-bpe", "--max-tokens", "256", "--cpu", "--required-batch-size-multiple", "1"]  # fmt: skip
+               "--beam", "4", "--lenpen", "0.6", "--remove-bpe", "--max-tokens", "256", "--cpu",
+               "--required-batch-size-multiple", "1"]  # fmt: skip
     environment = {**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     theirs = {int(line.split("\t")[0][2:]): line.split("\t")[2] for line in done.stdout.splitlines() if line.startswith("H-")}
@@ -291,16 +293,16 @@ def test_fairseq_generate_reads_an_exported_run(trained, tmp_path):
 
 def test_importing_fairseq_leaves_no_marks():
     """Neither in Hydra's store, where later configs would meet it, nor on the root logger."""
-    code = """
+    code = f"""
 import logging, hydra
 from hydra.core.config_store import ConfigStore
 store, root = ConfigStore.instance(), logging.getLogger()
 before = sorted(store.repo), root.level, list(root.handlers)
 import experiments.wmt16
 assert before == (sorted(store.repo), root.level, list(root.handlers)), sorted(store.repo)
-with hydra.initialize_config_dir(%r, version_base="1.3"):
+with hydra.initialize_config_dir({str(ROOT / "configs")!r}, version_base="1.3"):
     assert hydra.compose("config", ["optimizer=adam"]).optimizer._target_ == "torch.optim.Adam"
-""" % str(ROOT / "configs")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
@@ -319,7 +321,8 @@ def test_autocast_keeps_rows_in_their_dtype(make):
     model.encoder.layers[0].fc1.register_forward_hook(lambda module, inputs, output: used.append(output.dtype))
     value = task.loss(model, next(task.batches(0, range(1), (0, 1))))
     value.backward()
-    assert used == [torch.bfloat16] and math.isfinite(float(value.detach())) and {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert used == [torch.bfloat16] and math.isfinite(float(value.detach()))
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert make(autocast="float16").loss_scale == 1024.0 and task.loss_scale == 1.0
 
 
