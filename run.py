@@ -12,29 +12,36 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments import folder, plan
+from experiments import folder, launch, plan
 from experiments.progress import Progress
 from slowmo import checkpoint
 from slowmo.cluster import Cluster, fold
 from slowmo.replicas import Replicas
 from slowmo.train import Tally, evaluate, train
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
 DIVERGED = 1000  # above every signal's number
 stopped_by = [0]
+elsewhere = []  # what is to be launched elsewhere, of a sweep all of it
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
     leading, stopped_by[0] = int(os.environ.get("RANK", 0)) == 0, 0
+    if cfg.launch.name != "here" and HydraConfig.get().mode == RunMode.MULTIRUN:  # each is checked where it runs
+        elsewhere.append((cfg, launch.command()))
+        return
     try:
         plan.check(cfg)
         if cfg.cluster.threads:
             torch.set_num_threads(cfg.cluster.threads)
-        cfg.cluster.device = plan.device(cfg.cluster.device)
+        # a login node need not have the job's GPUs
+        cfg.cluster.device = plan.device(cfg.cluster.device) if cfg.launch.name == "here" else "cpu"
         task = plan.build(cfg.task)
         steps = plan.steps(cfg, task)
         schedule = plan.build(cfg.schedule, lr=cfg.optimizer.lr, steps=steps)
@@ -42,11 +49,15 @@ def main(cfg: DictConfig) -> None:
         path = folder.of(cfg, task)
         if not cfg.dry_run and not (path / "result.json").exists():
             # a first batch: data that are missing, or do not divide, are found before anything is written
-            next(iter(task.batches(0, range(1), (0, fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))[1]))))
-        if leading:
+            next(iter(task.batches(0, range(1), (0, fold(cfg.workers, launch.processes(cfg))[1]))))
+        if leading and (cfg.dry_run or cfg.launch.name == "here"):
             print(plan.show(summary, path) if cfg.dry_run else f"{path}: {summary['title']}", flush=True)
-        if not cfg.dry_run:
+        if cfg.dry_run and cfg.launch.name == "slurm":
+            print(launch.script(cfg))
+        if not cfg.dry_run and cfg.launch.name == "here":
             execute(cfg, task, schedule, steps, path)
+        elif not cfg.dry_run:
+            elsewhere.append((cfg, launch.command()))
     except (ValueError, OSError) as error:
         # what is wrong with the config all processes find, and one says; what is wrong on a machine may be its own
         if leading or isinstance(error, OSError) or torch.distributed.is_initialized():
@@ -134,6 +145,18 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
     cluster.close()
 
 
+def send() -> int:
+    """Launch what is to run elsewhere; the exit code."""
+    cfg, commands = elsewhere[0][0], [command for _, command in elsewhere]
+    try:
+        if cfg.launch.name == "slurm":
+            return launch.submit(cfg.launch, cfg.runs, commands)
+        return max(launch.local(cfg.launch.processes, command.overrides) for command in commands)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
 def _leave(code: int) -> None:
     """Give back the exit code. With gloo that means at once: its threads now and then abort a regular exit (PyTorch issue 190489)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -178,3 +201,5 @@ def _lock(path: Path, cluster: Cluster):
 
 if __name__ == "__main__":
     main()
+    if elsewhere:
+        sys.exit(send())

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import launch
 from slowmo.cluster import Cluster, fold
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
@@ -22,6 +23,8 @@ def check(cfg: DictConfig) -> None:
     bare = hydra.compose("config", overrides=[f"{group}={choice}" for group, choice in choices().items()])
     known = flat(bare)
     for key, value in flat(cfg).items():
+        if key.startswith("launch.sbatch."):  # whatever this cluster knows
+            continue
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else ""))
@@ -45,7 +48,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"evaluate.batchnorm={cfg.evaluate.batchnorm}: choose one of {', '.join(BATCHNORM)}")
     if not 0 < cfg.optimizer.lr < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr}: a learning rate is a positive number")
-    fold(cfg.workers, int(os.environ.get("WORLD_SIZE", 1)))
+    fold(cfg.workers, launch.processes(cfg))
     meets = cfg.outer.get("_target_") is not None and cfg.outer.get("exact", True)
     if cfg.base._target_ == "slowmo.base.LocalSGD" and not meets and cfg.workers > 1:
         raise ValueError("Local SGD that never averages: choose outer=average or outer=slowmo with outer.exact=true, or another base")
@@ -116,7 +119,7 @@ def steps(cfg: DictConfig, task) -> int:
 
 def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
     """Build the real algorithm over rows that take no memory, and read the plan off it. ValueError where they do not fit together."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launch.processes(cfg)
     rows, node = fold(cfg.workers, processes)
     parameters = sum(p.numel() for p in task.model().parameters() if p.requires_grad)
     model = torch.nn.Module()
@@ -161,6 +164,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
         "cell": cfg.promise.cell or "none of the paper's",
         "paper": cfg.promise.paper or "-",
         "cost": cfg.promise.cost or "-",
+        **({"node-hours at most, each time": cfg.launch.nodes * cfg.launch.minutes / 60} if cfg.launch.name == "slurm" else {}),
     }
 
 

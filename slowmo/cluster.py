@@ -13,6 +13,7 @@ this process hosts; what is global is `[1, ...]`. Four foldings, one code:
 import atexit
 import datetime
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class Cluster:
 
     Attributes: size (m), ranks (range of the workers hosted here), node (g, processes a worker has), lane (this process's place
     in its node), process and processes (p and P), leader (process 0: the one that prints and writes what is global).
-    Raises ValueError when m and P do not fold.
+    Raises ValueError when m and P do not fold, ConnectionError when the processes do not meet.
     """
 
     def __init__(self, size: int | None = None, device: str | torch.device = "cpu", timeout: float = 600.0):
@@ -55,9 +56,15 @@ class Cluster:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if size is not None:
                 fold(size, int(os.environ["WORLD_SIZE"]))  # refuse before anybody waits for anybody
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout)
-            )
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            except (dist.DistError, RuntimeError) as error:
+                where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise ConnectionError(
+                    f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} on {socket.gethostname()} did not meet the others at "
+                    f"{where} ({error}): is that host up, its port open, the network interface the right one (GLOO_SOCKET_IFNAME)?"
+                ) from error
             self._started_here = True
             # gloo's threads abort the interpreter if they outlive its last moments (PyTorch issue 190489)
             atexit.register(self.close)

@@ -1,0 +1,183 @@
+"""Where a run's processes start: here, on this machine, or in a SLURM job by way of submitit. Every one of them is `run.py` itself.
+
+A task of a job turns into run.py by exec, so SLURM's signals and its exit code are the run's own:
+
+    0            done, or diverged: a result is written
+    2            refused: its config or its data are wrong
+    1            an error; of the others when a process was killed, whose own code tells
+    128 + n      saved and stopped by signal n, or killed by it
+
+After srun the batch script asks for the job again when the largest code is above 128, up to `launch.max_requeues` times; the run goes on
+from its last checkpoint. SLURM itself does so when a node fails. What is cancelled stays cancelled: SLURM ends the script too.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+RUN = Path(__file__).parent.parent / "run.py"
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+
+
+@dataclasses.dataclass
+class Command:
+    """run.py with these overrides, as one process of a job."""
+
+    overrides: list[str]
+
+    def __call__(self) -> None:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        # run.py takes the GPU of its local rank; all stay visible, so that they can talk to each other
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, "-u", str(RUN), *self.overrides])
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes the run will have. ValueError for nonsense."""
+    names = {"local": ("processes",), "slurm": ("nodes", "tasks")}.get(cfg.launch.name, ())
+    for name in names:
+        if not isinstance(cfg.launch[name], int) or cfg.launch[name] < 1:
+            raise ValueError(f"launch.{name}={cfg.launch[name]}: a whole number >= 1")
+    if cfg.launch.name == "local":
+        return cfg.launch.processes
+    return cfg.launch.nodes * cfg.launch.tasks if cfg.launch.name == "slurm" else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def command() -> Command:
+    """This job of Hydra's, to be run elsewhere."""
+    words = HydraConfig.get().overrides.task
+    return Command([word for word in words if not word.lstrip("+~").startswith("launch")])
+
+
+def local(count: int, overrides: list[str]) -> int:
+    """run.py in `count` processes of this machine; the exit code of the run. Signals go on to all; when one dies the others are ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port}  # fmt: skip
+        environment = os.environ | {name: str(value) for name, value in ranks.items()}
+        # in a session of its own: Ctrl-C comes once, from here
+        children.append(subprocess.Popen([sys.executable, str(RUN), *overrides], env=environment, start_new_session=True))
+
+    def forward(number, frame):
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        deadline = None
+        while any(child.poll() is None for child in children):
+            if deadline is None and any(child.poll() for child in children):
+                deadline = time.monotonic() + 30  # the others notice by themselves, unless they hang
+            if deadline and time.monotonic() > deadline:
+                forward(signal.SIGKILL, None)
+            time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+    codes = [child.returncode if child.returncode >= 0 else 128 - child.returncode for child in children]
+    return max(codes)
+
+
+def executor(launch: DictConfig, runs: str):
+    """submitit's executor with everything that the launch says. FileNotFoundError where there is no SLURM."""
+    import submitit
+
+    missing = [tool for tool in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(tool) is None]
+    if missing:
+        raise FileNotFoundError(f"no SLURM here ({', '.join(missing)} not found): submit from a login node, or choose launch=local")
+    given = submitit.SlurmExecutor(Path(runs).absolute() / "slurm" / "%j")
+    requeue = [
+        "code=$?",
+        f'if [ $code -gt 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {launch.max_requeues} ]; then',
+        '    echo "run ended with $code: back into the queue"',
+        '    scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+        "fi",
+        "exit $code",
+    ]
+    options = {
+        "nodes": launch.nodes, "ntasks_per_node": launch.tasks, "time": launch.minutes, "cpus_per_task": launch.cpus,
+        "mem": launch.memory, "partition": launch.partition, "account": launch.account, "qos": launch.qos,
+        "constraint": launch.constraint, "comment": launch.comment,
+    }  # fmt: skip
+    additional = {"requeue": True, **OmegaConf.to_container(launch.sbatch)}
+    if launch.gpus:
+        additional["gpus-per-node"] = launch.gpus
+    here = f"export PYTHONPATH={shlex.quote(str(RUN.parent))}${{PYTHONPATH:+:$PYTHONPATH}}"  # a task's first Python must find this file
+    given.update_parameters(
+        job_name="slowmo", setup=[here, *launch.setup], teardown=requeue, signal_delay_s=launch.signal_seconds,
+        array_parallelism=launch.parallel, additional_parameters=additional,
+        # a task that hangs after another has died is killed
+        srun_args=["--wait=30", "--open-mode=append", *launch.srun],
+        **{key: value for key, value in options.items() if value is not None},
+    )  # fmt: skip
+    return given
+
+
+def script(cfg: DictConfig) -> str:
+    """The sbatch file that would be submitted."""
+    given = executor(cfg.launch, cfg.runs)
+    return given._make_submission_file_text(given._submitit_command_str, "")
+
+
+def submit(launch: DictConfig, runs: str, commands: list[Command]) -> int:
+    """Submit the runs, several as one job array; print how to watch and to cancel them. The exit code: with launch.wait the jobs' own."""
+    given = executor(launch, runs)
+    try:
+        with given.batch():
+            jobs = [given.submit(command) for command in commands]
+    except Exception as error:  # submitit hands sbatch's own words on
+        raise ValueError(f"sbatch refused the job: {error}") from None
+    number = jobs[0].job_id.partition("_")[0]
+    for job, one in zip(jobs, commands):
+        print(f"job {job.job_id}: {' '.join(one.overrides)}\n  log of process 0: {job.paths.stdout}", flush=True)
+    print(f"watch:  squeue -j {number}; tail -F {jobs[0].paths.stdout}\ncancel: scancel {number}", flush=True)
+    return follow(jobs) if launch.wait else 0
+
+
+def follow(jobs) -> int:
+    """Print what process 0 of each job prints until all have ended; 0 when all completed. Ctrl-C leaves the jobs alone."""
+    read, ended = dict.fromkeys(range(len(jobs)), 0), {}
+    while len(ended) < len(jobs):
+        time.sleep(0.5)
+        for k, job in enumerate(jobs):
+            if k in ended:
+                continue
+            state = state_of(job.job_id)
+            with contextlib.suppress(FileNotFoundError), open(job.paths.stdout) as file:
+                file.seek(read[k])
+                for line in file:
+                    print(f"{job.job_id}: {line}" if len(jobs) > 1 else line, end="", flush=True)
+                read[k] = file.tell()
+            if state in ENDED:
+                ended[k] = state
+                print(f"job {job.job_id}: {state}", flush=True)
+    return int(any(state != "COMPLETED" for state in ended.values()))
+
+
+def state_of(job: str) -> str:
+    """SLURM's word for a job's state; UNKNOWN where SLURM does not answer."""
+    done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    words = [word.removeprefix("JobState=") for word in done.stdout.split() if word.startswith("JobState=")]
+    return words[0] if words else "UNKNOWN"
