@@ -117,8 +117,9 @@ def pretended(tmp_path):
 
 def test_the_plan_of_a_job(tmp_path, pretended):
     """The paper's ImageNet run on the paper's machines."""
-    code, out, err = run("experiment=imagenet_slowmo_sgp", "launch=slurm_dgx1", "launch.partition=dgx", "launch.comment=paper", "dry_run=true",
-                         "+launch.sbatch.reservation=ours", "+launch.sbatch.exclusive=true", cwd=tmp_path, path=pretended)  # fmt: skip
+    words = ("experiment=imagenet_slowmo_sgp", "launch=slurm_dgx1", "launch.partition=dgx", "launch.comment=paper", "dry_run=true",
+             "+launch.sbatch.reservation=ours", "+launch.sbatch.exclusive=true")  # fmt: skip
+    code, out, err = run(*words, cwd=tmp_path, path=pretended)
     assert code == 0, err
     plan = dict(re.findall(r"^(\S.*?)  +(.*)$", out, re.M))
     assert "m = 32, processes = 256 (a worker is 8 processes)" in plan["title"] and plan["node-hours at most, each time"] == "768"

@@ -201,6 +201,15 @@ def test_a_sweep_is_one_array(slurm, tmp_path):
     assert {state["ArrayJobId"] for state in states} == {job} and {state["Restarts"] for state in states} == {"0"}
     assert states[1]["ExitCode"] == "2:0" and "error: tau=0" in log(tmp_path, f"{job}_1", 0, "err")
     assert len(list(tmp_path.glob("runs/*/seed1/result.json"))) == 3
+    collected = subprocess.run([sys.executable, "-m", "results", "collect", "--runs", tmp_path / "runs", "--out", tmp_path / "runs.csv"],
+                               capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    assert "3 runs (3 done)" in collected.stdout and f"failed: job {job}_1: tau=0" in collected.stderr
+
+
+def test_a_run_that_diverged_is_not_queued_again(slurm, tmp_path):
+    job = submit(*QUADRATIC, *TWO_BY_TWO, "optimizer.lr=50", cwd=tmp_path)
+    final = ended(tmp_path, job)
+    assert (final["JobState"], final["Restarts"]) == ("COMPLETED", "0") and "diverged: " in log(tmp_path, job)
 
 
 def test_waiting_follows_the_log(slurm, tmp_path):
