@@ -94,6 +94,7 @@ class Book:
 
     def __init__(self, path: Path, cfg: DictConfig, cluster):
         self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
+        self.commit = _commit()  # of the code that runs, whatever is checked out by the end
 
     def open(self, step: int) -> None:
         """Take up the run at `step`: rows of evaluations that the checkpoint does not know are dropped, they will come again."""
@@ -173,7 +174,7 @@ class Book:
             "promise": OmegaConf.to_container(self.cfg.promise),
             "workers": self.cluster.size,
             "processes": self.cluster.processes,
-            "commit": _commit(),
+            "commit": self.commit,
             "versions": _versions(),
             "hardware": _hardware(self.cluster.device),
         }
