@@ -21,7 +21,7 @@ LRS = (0.1, 0.3, 0.9)
 BETAS = (0.4, 0.6, 0.8)
 BASES = ("local_sgd", "osgp", "sgp", "ar_sgd")
 VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo_sgp", "ar_sgd")
-TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam", "sgp_noaverage")
+TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam")
 PICTURES = (("best accuracy", "accuracy_best", 2), ("last accuracy", "accuracy_last", 2), ("best training loss", "train_loss_best", 3),
             ("last NLL", "nll_last", 3))  # fmt: skip
 # cells, seeds, columns (title, field, digits), and the two of them that SlowMo's change is told of
