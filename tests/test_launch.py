@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slurm  # needs none, but a minute of whole processes
 QUADRATIC = ("task=quadratic", "workers=4", "outer.tau=4", "base=sgp", "dtype=float64", "task.noise=0.3", "evaluate.every=10",
              "checkpoint_every=7", "cluster.threads=1")  # fmt: skip
 LOCAL = ("launch=local", "launch.processes=2")
