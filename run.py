@@ -138,7 +138,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         stopped_by[0] = 0
         if task.final and status == "done":
             book.final(algorithm)
-        book.close(status, algorithm.steps, tally.seconds, task.finish(book.kept(), cluster) if status == "done" else {})
+        book.close(status, algorithm.steps, tally.seconds, task.finish(folder.kept(path), cluster) if status == "done" else {})
         progress.say(f"{status}: {path / 'result.json'}")
     if lock:
         lock.close()

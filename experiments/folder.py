@@ -79,6 +79,11 @@ def _earlier(path: Path, cfg: DictConfig) -> tuple[dict | None, str | None]:
     return (json.loads(result.read_text()) if result.exists() else None), None
 
 
+def kept(path: Path) -> list[Path]:
+    """The files of a run's averaged models, in order of their steps."""
+    return sorted((path / "models").glob("step-*.safetensors"))
+
+
 def load_model(path: Path, model: torch.nn.Module) -> None:
     """Fill `model` from a file of models/, where tied weights stand once. RuntimeError for another network's file."""
     state, names = load_file(path), {}
@@ -131,12 +136,8 @@ class Book:
         aside = path.with_suffix(".partial")
         save_model(model, str(aside))  # tied weights are written once
         os.replace(aside, path)
-        for old in self.kept()[: -self.cfg.evaluate.keep]:
+        for old in kept(self.path)[: -self.cfg.evaluate.keep]:
             old.unlink()
-
-    def kept(self) -> list[Path]:
-        """The files of the averaged models, in order of their steps."""
-        return sorted((self.path / "models").glob("step-*.safetensors"))
 
     def final(self, algorithm) -> None:
         """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""

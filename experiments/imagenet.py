@@ -16,15 +16,14 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from experiments import Task
 from experiments.cifar10 import ResNet
+from experiments.precision import HalfPrecision
 from experiments.torchvision_cpu import torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures, of 1, as in torchvision's references
-AUTOCAST = (None, "bfloat16", "float16")
 
 
-class ImageNet(Task):
+class ImageNet(HalfPrecision):
     """data: `name` imagenet or scripts, `root` (for imagenet the folder of train/ and val/), the numbers of `train` and `validation`
     pictures and of `classes` that there must be, `unreadable` (how many may be damaged), `cache` (where lists of files are kept).
 
@@ -47,8 +46,7 @@ class ImageNet(Task):
             raise ValueError(f"data.name={data.name}: choose data=imagenet or data=scripts")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
-        if autocast not in AUTOCAST:
-            raise ValueError(f"task.autocast={autocast}: choose bfloat16, float16 or null")
+        self.compute_in(autocast, loss_scale)
         if not 0 < size <= resize or not 0 < scale <= 1 or loaders < 0:
             raise ValueError(f"task: 0 < size={size} <= resize={resize}, 0 < scale={scale} <= 1 and loaders={loaders} >= 0 are needed")
         if layers is None and model not in torchvision.models.list_models(torchvision.models):
@@ -57,8 +55,6 @@ class ImageNet(Task):
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.name, self.layers, self.width = model, layers and list(layers), width
         self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, os.cpu_count() or 1)
-        self.autocast = getattr(torch, autocast) if autocast else None
-        self.loss_scale = loss_scale if autocast == "float16" else 1.0
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.steps_per_epoch = data.train // batch_size
         if not self.steps_per_epoch:
@@ -97,7 +93,7 @@ class ImageNet(Task):
 
     def loss(self, model: torch.nn.Module, batch) -> torch.Tensor:
         pictures, labels = batch
-        with self._precision():
+        with self.precision():
             return F.cross_entropy(model(pictures), labels)
 
     def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
@@ -109,7 +105,7 @@ class ImageNet(Task):
         for piece in self._loader(keys, "val") if self.loaders and len(keys) > 1 else (self._read("val", key) for key in keys):
             pictures, labels = self._arrived(piece)
             if len(labels):
-                with self._precision():
+                with self.precision():
                     output = model(pictures)
                 best = output.topk(min(5, output.shape[1]), 1).indices == labels[:, None]
                 nll = F.cross_entropy(output.float() if self.autocast else output, labels, reduction="sum")
@@ -120,9 +116,6 @@ class ImageNet(Task):
 
     def _stop(self) -> None:
         self._ahead = None
-
-    def _precision(self):
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     def _keys(self, step: int, workers, part: tuple[int, int]):
         """Without end, from `step` on: for each worker the (epoch, picture) of its batch's part."""

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
-from experiments import Task
 from experiments.folder import load_model
+from experiments.precision import HalfPrecision
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
 # fairseq gives torch's attention a mask of truth values and one of numbers
 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
-AUTOCAST = (None, "bfloat16", "float16")
 
 
 @contextlib.contextmanager
@@ -48,7 +47,7 @@ with _undisturbed():
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 
-class WMT16(Task):
+class WMT16(HalfPrecision):
     """data: `name` wmt16 or libreoffice, `root` (for wmt16 the data-bin folder).
 
     max_tokens: of a piece, padding included, on the longer side: what one GPU takes at a time. pieces: of a worker's batch, shared out
@@ -75,16 +74,13 @@ class WMT16(Task):
         if max_tokens < 1 or pieces < 1 or not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
             raise ValueError(f"task: max_tokens={max_tokens} and pieces={pieces} are at least 1, dropout={dropout} and "
                              f"label_smoothing={label_smoothing} in [0, 1)")  # fmt: skip
-        if autocast not in AUTOCAST:
-            raise ValueError(f"task.autocast={autocast}: choose bfloat16, float16 or null")
+        self.compute_in(autocast, loss_scale)
         if not set(bleu.subsets) <= {"valid", "test"} or bleu.beam < 1 or bleu.average < 1:
             raise ValueError(f"task.bleu: subsets={list(bleu.subsets)} of valid and test, beam={bleu.beam} and average={bleu.average} >= 1")
         if dim and heads and dim % heads:
             raise ValueError(f"task.dim={dim} over task.heads={heads}: choose a multiple of {heads}")
         self.workers, self.seed, self.dtype, self.device = workers, seed, getattr(torch, dtype), torch.device(device)
         self.data, self.max_tokens, self.pieces, self.bleu = data, max_tokens, pieces, bleu
-        self.autocast = getattr(torch, autocast) if autocast else None
-        self.loss_scale = loss_scale if autocast == "float16" else 1.0
         sizes = {"embed_dim": dim, "ffn_embed_dim": ffn, "attention_heads": heads, "layers": layers}
         sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sizes.items() if value}
         self.architecture = argparse.Namespace(arch=arch, share_all_embeddings=True, dropout=dropout, max_source_positions=1024,
@@ -132,7 +128,7 @@ class WMT16(Task):
 
     def loss(self, model: torch.nn.Module, batch) -> torch.Tensor:
         sample, share = batch
-        with self._precision():
+        with self.precision():
             loss, _, log = self.criterion(model, sample)
         loss = loss * share
         # the value is the unsmoothed loss in base 2, the gradient that of the smoothed one
@@ -141,7 +137,7 @@ class WMT16(Task):
     def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
         """Sums over target tokens of every part[1]-th validation sentence, of its NLL in base 2 and in nats."""
         nll, count = 0.0, 0
-        with self._precision():
+        with self.precision():
             for _, sample in self._sentences("valid", part, samples):
                 _, tokens, log = self.criterion(model, sample)
                 nll += float(log["nll_loss"])
@@ -209,9 +205,6 @@ class WMT16(Task):
         bleu = metric.corpus_score([translations[k] for k in range(len(references))], [references])
         return {"bleu": bleu.score, "signature": str(metric.get_signature()), "beam": self.bleu.beam, "lenpen": self.bleu.lenpen,
                 "references": source, "translations": "detokenised by sacremoses"}  # fmt: skip
-
-    def _precision(self):
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     def _sentences(self, split: str, part: tuple[int, int], samples: int | None):
         """(places, sample) in batches, of every part[1]-th sentence among the first `samples`, those of one length together."""

@@ -203,7 +203,7 @@ def trained(make, tmp_path_factory):
         optimizer.zero_grad()
         if step >= 350 and step % 3 == 0:
             book.keep(step, model)
-    files = book.kept()
+    files = folder.kept(path)
     assert [file.name for file in files] == [f"step-{step:09d}.safetensors" for step in (351, 354, 357)]
     return task, files
 
