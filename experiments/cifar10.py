@@ -15,21 +15,21 @@ class Cifar10(Task):
     """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
 
     batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the
-    first ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). Pictures live on the device as bytes; crop (4 pixels of
+    first ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). stride: the stem's. Pictures live on the device as bytes; crop (4 pixels of
     padding), flip and normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch,
     worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
-                 width: int, channels_last: bool = True):  # fmt: skip
+                 width: int, stride: int = 1, channels_last: bool = True):  # fmt: skip
         if data.name not in ("photos", "cifar10"):
             raise ValueError(f"data.name={data.name}: choose data=photos or data=cifar10")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.workers, self.seed, self.batch = workers, seed, batch_size // workers
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
-        self.layers, self.width = list(layers), width
+        self.layers, self.width, self.stride = list(layers), width, stride
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.data, self._loaded, self._drawn = data, None, {}
         self.steps_per_epoch = _length(data) // batch_size
@@ -38,7 +38,7 @@ class Cifar10(Task):
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(self.seed % 2**63)
-        model = ResNet(self.layers, self.width)
+        model = ResNet(self.layers, self.width, stride=self.stride)
         return model.to(self.device, self.dtype, memory_format=self.memory_format)
 
     def batches(self, step: int, workers, part: tuple[int, int]):
@@ -112,8 +112,8 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet of basic blocks in its CIFAR form: a 3x3 stem without pooling, `width` channels in the first stage."""
 
     def __init__(self, layers: list[int], width: int, classes: int = 10, stride: int = 1):
-        if len(layers) != 4 or layers[0] < 1 or min(layers) < 0 or width < 1:
-            raise ValueError(f"layers={layers}, width={width}: give four stages, the first of at least one block, and a width >= 1")
+        if len(layers) != 4 or layers[0] < 1 or min(layers) < 0 or width < 1 or stride < 1:
+            raise ValueError(f"layers={layers}, width={width}, stride={stride}: four stages, the first of at least one block; the others >= 1")
         self.first = width
         super().__init__(torchvision.models.resnet.BasicBlock, layers, num_classes=classes)
         self.conv1 = torch.nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)

@@ -119,6 +119,8 @@ class Replicas:
         """A model in eval mode with parameters `x` `[1, d]` and buffers `[1, b]`: one copy, reused by the next call."""
         if self._copy is None:
             self._copy = copy.deepcopy(self.models[0])
+            for module in self._copy.modules():  # together.py makes buffers parts of a stack, and copies would hold all of it
+                module._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
         _fill(filter(_trained, self._copy.parameters()), x[0], [view for _, view, _, _ in self._entries])
         _fill(_kept(self._copy), buffers[0])
         return self._copy.eval()

@@ -4,12 +4,14 @@ A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and
 has the contract.
 """
 
+import itertools
 import math
 import time
 
 import torch
 
 from slowmo.replicas import recalibrate
+from slowmo.together import where_it_pays
 
 BATCHNORM = ("average", "local", "recalibrate")
 
@@ -52,11 +54,20 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tal
     schedule: step (from 0) -> γ. A worker's batch may come in pieces that go through its model one after another. The random
     numbers that a model draws (dropout) depend on (seed, step, worker, piece) alone, whichever process of a node has the piece.
     """
-    cluster = replicas.cluster
+    cluster, together = replicas.cluster, None
     for step in range(algorithm.steps, steps):
         tally.start()
         algorithm.start()
-        batches = task.batches(step, cluster.ranks, (cluster.lane, cluster.node))
+        batches = iter(task.batches(step, cluster.ranks, (cluster.lane, cluster.node)))
+        if together is None:  # trying it out is not training
+            first = next(batches)
+            tally.stop()
+            together = where_it_pays(replicas, task.loss, first) or False
+            tally.start()
+            batches = itertools.chain([first], batches)
+        if together:
+            tally.losses += together(task.loss, list(batches))
+            batches = ()
         for i, batch in enumerate(batches):
             row, k = divmod(i, replicas.accumulate)
             piece = cluster.lane + k * cluster.node

