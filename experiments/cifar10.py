@@ -14,10 +14,10 @@ from experiments.torchvision_cpu import torchvision
 class Cifar10(Task):
     """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
 
-    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the
-    first ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). stride: the stem's. Pictures live on the device as bytes; crop (4 pixels of
-    padding), flip and normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed, epoch,
-    worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
+    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
+    ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). stride: the stem's. Pictures live on the device as bytes; crop (4
+    pixels of padding), flip and normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed,
+    epoch, worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
 
@@ -113,7 +113,8 @@ class ResNet(torchvision.models.ResNet):
 
     def __init__(self, layers: list[int], width: int, classes: int = 10, stride: int = 1):
         if len(layers) != 4 or layers[0] < 1 or min(layers) < 0 or width < 1 or stride < 1:
-            raise ValueError(f"layers={layers}, width={width}, stride={stride}: four stages, the first of at least one block; the others >= 1")
+            given = f"layers={layers}, width={width}, stride={stride}"
+            raise ValueError(f"{given}: four stages, the first of at least one block; the others >= 1")
         self.first = width
         super().__init__(torchvision.models.resnet.BasicBlock, layers, num_classes=classes)
         self.conv1 = torch.nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)

@@ -1,21 +1,46 @@
-"""python -m results collect [--runs runs] [--out results/runs.csv]"""
+"""python -m results collect | tables | figures | claims | report | readme | all"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from results import collect
+from results import claims, collect, figures, report, tables
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m results", description="What the runs gave.")
+    parser = argparse.ArgumentParser(prog="python -m results", description="What the runs gave, beside the paper.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("collect", help="run folders -> results/runs.csv, a line a run")
-    one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
-    one.add_argument("--out", type=Path, default=Path("results/runs.csv"))
+    about = {
+        "collect": "run folders -> results/runs.csv, a line a run, and curves.csv",
+        "tables": "the paper's tables and ours: results/tables.md, .tex, .csv",
+        "figures": "the paper's figures from our runs: results/figures/*.pdf, *.png",
+        "claims": "the paper's claims and our verdicts: results/claims.csv; computes those that need no runs, a minute",
+        "report": "all of it in one page for a browser: results/report.html",
+        "readme": "the README's blocks",
+        "all": "collect where there is a folder of runs, then the others; claims are computed only where they are not yet",
+    }
+    for name, text in about.items():
+        one = commands.add_parser(name, help=text)
+        one.add_argument("--out", type=Path, default=tables.HERE / "runs.csv", help="the list of runs; what is made lies beside it")
+        if name in ("collect", "all"):
+            one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
     options = parser.parse_args()
+    wanted, out = list(about)[:-1] if options.command == "all" else [options.command], options.out
+    if options.command == "all" and not options.runs.is_dir():
+        wanted.remove("collect")
     try:
-        collect.main(options.runs, options.out)
+        for name in wanted:
+            if name == "collect":
+                collect.main(options.runs, out)
+            elif name == "readme":
+                tables.write(README, tables.readme(README, tables.Runs(out)))
+                print(f"wrote {README}")
+            elif name == "claims":
+                claims.main(out, out.parent, again=options.command == "claims")
+            else:
+                {"tables": tables, "figures": figures, "report": report}[name].main(out, out.parent)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""Run folders -> results/runs.csv, a line a run.
+"""Run folders -> results/runs.csv, a line a run, and curves.csv beside it, a line an evaluation of the runs that ended.
 
 Strict: a folder whose files are damaged or do not agree is named and left out; NaN is a run that diverged, never a number. Lines of runs
 that are no longer on this disk stay: the file is committed, and runs come from many machines.
@@ -14,8 +14,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
+from results.tables import write
+
 METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
 KEY = ["run", "seed", "commit"]
+CURVES = ["run", "seed", "commit", "step", "epoch", "seconds", "train_loss", "spread",
+          *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_min", "_max"))]  # fmt: skip
 COLUMNS = [
     "run", "seed", "experiment", "status", "step", "data", "workers", "processes", "device", "threads", "seconds_per_iteration", "clock",
     *(f"{name}_{when}" for name in METRICS for when in ("best", "last")), "bleu_valid", "bleu_test", "bleu_signature", "commit", "torch",
@@ -23,42 +27,72 @@ COLUMNS = [
 
 
 def main(runs: Path, out: Path) -> None:
-    """Read every run below `runs`, put them into `out`, say what was found and what was left out.
+    """Read every run below `runs`, put them into `out` and curves.csv beside it, say what was found and what was left out.
 
-    Raises FileNotFoundError where there is no such folder, ValueError for a file at `out` that is none of ours.
+    Raises FileNotFoundError where there is no such folder or no run in it, ValueError for files at these places that are none of ours.
     """
     if not runs.is_dir():
         raise FileNotFoundError(f"no folder {runs}: name the folder of all runs with --runs, or run something first")
-    lines, complaints = [], []
-    for path in sorted(path.parent for path in runs.rglob("config.yaml")):
+    folders = sorted(path.parent for path in runs.rglob("config.yaml"))
+    if not folders and not refused(runs):
+        raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {out} stays as it is")
+    found, complaints = {}, []
+    for path in folders:
         try:
-            lines.append(read(path))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            line, rows = read(path)
+        except KeyError as error:
+            complaints.append(f"left out: {path}: its files know no {error}: another version wrote them, run it again")
+        except (ValueError, TypeError, OSError) as error:
             complaints.append(f"left out: {path}: {error}")
-    lines = pd.DataFrame(lines, columns=COLUMNS)
-    if out.exists():
-        before = pd.read_csv(out, dtype={"commit": str})
-        if list(before.columns) != COLUMNS:
-            raise ValueError(f"{out} has other columns than a list of runs: name another file with --out, or move this one")
-        stale = before["run"].isin(lines["run"]) & before.set_index(["run", "seed"]).index.isin(lines.set_index(["run", "seed"]).index)
-        # a run that was not finished when it was collected is the same run, whatever commit it stood at
-        stale &= before.set_index(KEY).index.isin(lines.set_index(KEY).index) | ~before["status"].isin(("done", "diverged"))
-        kept = before[~stale]
-        lines = pd.concat([kept, lines], ignore_index=True) if len(kept) else lines
-    lines = lines.sort_values(KEY, kind="stable")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".partial")
-    lines.to_csv(aside, index=False)
-    os.replace(aside, out)
+        else:
+            found.setdefault((line["run"], line["seed"]), []).append((path, line, rows))
+    lines, curves = [], []
+    for (run, seed), claimed in found.items():
+        if len(claimed) > 1:
+            complaints.append(f"left out: {run} seed {seed}: in {' and in '.join(str(path) for path, *_ in claimed)}: keep one of them")
+            continue
+        lines.append(claimed[0][1])
+        curves += [{**row, "run": run, "seed": seed, "commit": lines[-1].get("commit")} for row in claimed[0][2]]
+    lines, curves = merged(pd.DataFrame(lines, columns=COLUMNS), out), pd.DataFrame(curves, columns=CURVES)
+    beside = out.with_name("curves.csv")
+    if beside.exists():
+        before = _read(beside, CURVES)
+        # of a run collected before, unless its line went
+        known = pd.MultiIndex.from_frame(lines[KEY]).difference(pd.MultiIndex.from_frame(curves[KEY].drop_duplicates()))
+        curves = pd.concat([part for part in (before[before.set_index(KEY).index.isin(known)], curves) if len(part)] or [curves])
+    write(out, lines.to_csv(index=False))
+    write(beside, curves.sort_values([*KEY, "step"], kind="stable").to_csv(index=False, float_format="%.6g"))
     counts = ", ".join(f"{count} {status}" for status, count in lines["status"].value_counts().sort_index().items())
     print(f"wrote {out}: {len(lines)} runs" + f" ({counts})" * bool(counts))
     for text in (*complaints, *refused(runs)):
         print(text, file=sys.stderr)
 
 
-def read(path: Path) -> dict:
-    """A run folder's line. ValueError, KeyError, TypeError or OSError for one that is damaged."""
-    cfg = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
+def merged(lines: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """These lines and those of `out` that they do not bring up to date."""
+    if out.exists():
+        before = _read(out, COLUMNS)
+        same = before.set_index(["run", "seed"]).index.isin(lines.set_index(["run", "seed"]).index)
+        # a run that was not finished when it was collected is the same run, whatever commit it stood at
+        stale = same & (before.set_index(KEY).index.isin(lines.set_index(KEY).index) | ~before["status"].isin(("done", "diverged")))
+        kept = before[~stale]
+        lines = pd.concat([kept, lines], ignore_index=True) if len(kept) else lines
+    return lines.sort_values(KEY, kind="stable")
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    before = pd.read_csv(path, dtype={"commit": str, "run": str})
+    if list(before.columns) != columns:
+        raise ValueError(f"{path} has other columns than a list of runs: name another file with --out, or move this one")
+    return before
+
+
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """A run folder's line, and the rows of its evaluations if it ended.
+
+    ValueError, KeyError, TypeError or OSError for one that is damaged.
+    """
+    cfg = config(path)
     line = {"run": path.parent.name, "seed": cfg["seed"], "data": cfg["data"]["name"] if "data" in cfg["task"] else None,
             "workers": cfg["workers"], "clock": "measured"}  # fmt: skip
     rows = []
@@ -67,7 +101,7 @@ def read(path: Path) -> dict:
     if not (path / "result.json").exists():  # best over training is known at its end alone
         last = rows[-1] if rows else {}
         line |= {f"{name}_last": last.get(name) for name in METRICS}
-        return line | {"status": "running" if _locked(path) else "stopped", "step": last.get("step", 0)}
+        return line | {"status": "running" if _locked(path) else "stopped", "step": last.get("step", 0)}, []
     result = _json((path / "result.json").read_text())
     if result["status"] not in ("done", "diverged"):
         raise ValueError(f"result.json has the status {result['status']}")
@@ -81,7 +115,12 @@ def read(path: Path) -> dict:
         line[f"{name}_last"] = (result["last"] or {}).get(name) if result["status"] == "done" else None
     for subset, facts in result.get("bleu", {}).items():
         line |= {f"bleu_{subset}": facts["bleu"], "bleu_signature": facts["signature"]}
-    return line
+    return line, [row for row in rows if not row.get("diverged")]
+
+
+def config(path: Path) -> dict:
+    """A run folder's resolved config."""
+    return OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
 
 
 def refused(runs: Path) -> list[str]:

@@ -35,7 +35,7 @@ def main() -> None:
             gain = slow["best"]["accuracy"]["value"] - base["best"]["accuracy"]["value"]
             less = base["best"]["train_loss"]["value"] - slow["best"]["train_loss"]["value"]
             print(f"seed {seed}: over {_name(base)} SlowMo changes the best accuracy by {gain:+.2f}, the training loss by {-less:+.3f}")
-    print("one seed tells little: the README's table has three, and their spread")
+    print("one seed tells little: the README's table has five, and their spread")
     print("written:", *(result["folder"] for result in lines), sep="\n  ")
 
 

@@ -64,4 +64,4 @@ PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }$constraint
 export PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
 # fairseq compiles against torch: against the one above, not against a second one that an isolated build would fetch.
 .venv/bin/python -m pip install 'torch>=2.4' numpy cython 'setuptools>=77' wheel
-.venv/bin/python -m pip install --no-build-isolation -e '.[photos,results,test,oracles,wmt16]'
+.venv/bin/python -m pip install --no-build-isolation -e '.[photos,results,notebooks,test,oracles,wmt16]'

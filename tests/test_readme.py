@@ -1,13 +1,10 @@
 """The README's own text runs as it stands."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,13 +24,3 @@ def test_the_loop_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = dict(re.findall(r"worker (\d) of 2: loss ([\d.]+)", done.stdout))
     assert set(losses) == {"0", "1"} and all(float(loss) < 0.5 for loss in losses.values())  # it starts near 10
-
-
-@pytest.mark.parametrize("suite", ["photos", "scripts", "ende"])
-def test_the_tables_are_what_the_committed_runs_give(suite):
-    specification = importlib.util.spec_from_file_location("tables_script", ROOT / "scripts/tables.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    block = README.partition(script.start(suite))[2].partition(script.END)[0]
-    assert block.strip() == script.markdown(suite).strip()
-    assert all(f"`{suite}_{cell}`" in block for cell in script.SUITES[suite][0])

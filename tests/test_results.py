@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_run_at_work_is_running(runs):
     ("result.json", lambda text: text.replace('"step": 12,\n "last"', '"step": 13,\n "last"'), "not of one run"),
     ("metrics.jsonl", lambda text: text[:-30], "Expecting|Unterminated|delimiter"),
     ("config.yaml", lambda text: text.replace("seed: 1\n", "seed: 3\n"), "not of one run"),
+    ("result.json", lambda text: text.replace('"processes"', '"procs"'), "its files know no 'processes': another version wrote them"),
 ])  # fmt: skip
 def test_a_damaged_folder_is_named_and_left_out(name, change, words, runs, capsys):
     (folder,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
@@ -79,6 +81,33 @@ def test_a_damaged_folder_is_named_and_left_out(name, change, words, runs, capsy
     said = capsys.readouterr().err
     assert sorted(lines["status"]) == ["diverged", "stopped"] and f"left out: {folder}: " in said
     assert re.search(words, said)
+
+
+def test_two_folders_that_claim_one_seed_are_both_left_out(runs, capsys):
+    (folder,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
+    copy = runs / "copies" / folder.parent.name / "seed1"
+    shutil.copytree(folder, copy)
+    lines = table(runs)
+    assert sorted(lines["status"]) == ["diverged", "stopped"]
+    assert f"left out: {folder.parent.name} seed 1: in {copy} and in {folder}: keep one of them" in capsys.readouterr().err
+
+
+def test_curves_lie_beside(runs):
+    table(runs)
+    curves = pd.read_csv(runs.parent / "curves.csv")
+    assert list(curves.columns) == collect.CURVES
+    (folder,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
+    rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    mine = curves[(curves["run"] == folder.parent.name) & (curves["seed"] == 1)]
+    assert mine["step"].tolist() == [row["step"] for row in rows] == [5, 10, 12]
+    assert mine["train_loss"].tolist() == pytest.approx([row["train_loss"] for row in rows], rel=1e-5)
+    assert 2 not in set(curves["seed"])  # stopped: its curve is not whole
+    elsewhere = [pd.read_csv(runs.parent / name).assign(run="elsewhere") for name in ("runs.csv", "curves.csv")]
+    for name, more in zip(("runs.csv", "curves.csv"), elsewhere):
+        pd.concat([pd.read_csv(runs.parent / name), more]).to_csv(runs.parent / name, index=False)
+    table(runs)
+    again = pd.read_csv(runs.parent / "curves.csv")
+    assert len(again) == 2 * len(curves) and len(again[again["run"] == "elsewhere"]) == len(curves)
 
 
 def test_lines_of_other_machines_stay(runs):
@@ -107,11 +136,14 @@ def test_what_is_wrong_is_said(tmp_path):
 
     assert "no folder" in say("--runs", str(tmp_path / "none")).stderr
     (tmp_path / "runs").mkdir()
+    done = say("--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "runs.csv"))
+    assert done.returncode == 1 and "no run below" in done.stderr and not (tmp_path / "runs.csv").exists()
+    finished(*QUADRATIC, cwd=tmp_path)
     (tmp_path / "some.csv").write_text("a,b\n1,2\n")
     done = say("--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "some.csv"))
     assert done.returncode == 1 and "other columns" in done.stderr and (tmp_path / "some.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_no_torch_is_imported():
-    code = "import sys, results.collect, results.__main__; sys.exit('torch' in sys.modules)"
+    code = "import sys, results.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,177 @@
+"""The paper's figures from runs.csv and curves.csv: results/figures/NAME_DATA.pdf and .png.
+
+A base and SlowMo over it share a colour; SlowMo's line is full and has markers, the base's is dashed, so that grey is enough. Seconds are
+those that the runs took where they ran on a cluster; of runs in one process they are modelled from the paper's Table 2, and say so.
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from results.collect import CURVES
+from results.tables import ACCURACY, LABELS, NLL, SMALL, TITLES, TRANSLATION, VISION, Runs, interval, layout, published
+
+STYLE = Path(__file__).with_name("paper.mplstyle")
+MARKERS = "osD^v"
+
+
+class Curves:
+    """curves.csv, of the runs that count. ValueError for another kind of file."""
+
+    def __init__(self, path: Path, runs: Runs):
+        beside = path.with_name("curves.csv")
+        if not beside.exists():
+            raise FileNotFoundError(f"no {beside}: python -m results collect makes it from run folders")
+        lines = pd.read_csv(beside, dtype={"commit": str, "run": str})
+        if list(lines.columns) != CURVES:
+            raise ValueError(f"{beside} has other columns than a list of curves: make it anew with collect")
+        done = runs.ended[runs.ended["status"] == "done"]
+        self.lines = lines.merge(done[["run", "seed", "commit", "processes"]], on=["run", "seed", "commit"])
+
+    def of(self, run: str) -> pd.DataFrame:
+        """Mean over seeds at each step, the band's least and largest, and the number of seeds."""
+        lines = self.lines[self.lines["run"] == run]
+        by = lines.groupby("step")
+        found = by.mean(numeric_only=True).drop(columns="seed")
+        for name in (column for column in CURVES if column.endswith(("_min", "_max"))):
+            found[name] = by[name].min() if name.endswith("_min") else by[name].max()
+        return found.assign(seeds=by["seed"].nunique())
+
+
+def main(path: Path, out: Path) -> None:
+    """Draw what there are runs for, into `out`/figures."""
+    runs = Runs(path)
+    curves, made = Curves(path, runs), []
+    with plt.style.context(STYLE):
+        for data in TITLES:
+            for name, draw in (("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
+                figure = draw(data, runs, curves)
+                if figure is None:
+                    continue
+                for kind, facts in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+                    target = out / "figures" / f"{name}_{data}.{kind}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    aside = target.with_suffix(".partial")
+                    figure.savefig(aside, format=kind, metadata=facts)
+                    aside.replace(target)
+                plt.close(figure)
+                made.append(f"{name}_{data}")
+    print(f"wrote {out / 'figures'}: {', '.join(made) or 'nothing, no runs'}")
+
+
+def cells(data: str) -> tuple[str, ...]:
+    return TRANSLATION if data in ("wmt16", "ende") else VISION
+
+
+def measure(data: str):
+    """What the vertical axis shows."""
+    return NLL[True][0] if data in ("wmt16", "ende") else ACCURACY
+
+
+def styled(cell: str, data: str) -> dict:
+    bases = [name for name in cells(data) if not name.startswith("slowmo_")]
+    k = bases.index(cell.removeprefix("slowmo_"))
+    slow = cell.startswith("slowmo_")
+    return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "", "label": LABELS[cell]}
+
+
+def fig2(data: str, runs: Runs, curves: Curves):
+    """Validation against epochs, each base with and without SlowMo; the band is the least and largest of a worker's own model."""
+    metric = measure(data)
+    name = metric.name.removesuffix("_best")
+    pairs = [(base, f"slowmo_{base}") for base in cells(data) if f"slowmo_{base}" in cells(data)]
+    pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
+    if not pairs:
+        return None
+    figure, axes = plt.subplots(1, len(pairs), sharey=True, figsize=(2.6 * len(pairs) + 0.8, 3.2), squeeze=False)
+    for axis, pair in zip(axes[0], pairs):
+        for cell in pair:
+            found = curves.of(f"{data}_{cell}")
+            if found.empty:
+                continue
+            style = styled(cell, data)
+            axis.plot(found["epoch"], found[name], **style)
+            band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
+            axis.fill_between(found["epoch"], found[f"{name}_min"], found[f"{name}_max"], color=style["color"], linewidth=0, **band)
+        axis.set(xlabel="epochs", title=LABELS[pair[0]])
+        axis.legend(loc="lower right" if metric.more else "upper right")
+    axes[0][0].set_ylabel(metric.title.removesuffix(", best"))
+    return titled(figure, data, "band: least and largest of the workers' own models over seeds, on a part of the validation set")
+
+
+def wallclock(data: str, runs: Runs, curves: Curves):
+    """Validation against seconds, all cells."""
+    metric, drawn = measure(data), set()
+    figure, axis = plt.subplots()
+    for cell in cells(data):
+        found = curves.of(f"{data}_{cell}")
+        if found.empty:
+            continue
+        seconds, how = clock(data, cell, found)
+        if seconds is not None:
+            drawn.add(how)
+            axis.plot(seconds, found[metric.name.removesuffix("_best")], **styled(cell, data))
+    if not drawn:
+        plt.close(figure)
+        return None
+    axis.set(xlabel=f"seconds, {' or '.join(sorted(drawn))}", ylabel=metric.title.removesuffix(", best"))
+    axis.legend()
+    return titled(figure, data, "")
+
+
+def clock(data: str, cell: str, found: pd.DataFrame):
+    """(seconds at each row, how they are known). A run in one process says nothing about a cluster: its seconds are modelled."""
+    if data not in SMALL and (found["processes"] > 1).all():
+        return found["seconds"], "measured"
+    # CIFAR-10 has no column in Table 2: ImageNet's stands in
+    like = "wmt16" if data in ("wmt16", "ende") else "imagenet"
+    pace = published(f"{like}_{cell}", "milliseconds")
+    task = {"wmt16": "WMT16", "imagenet": "ImageNet"}[like]
+    return (None, "") if pace is None else (found.index.to_numpy() * pace / 1000, f"modelled: iterations at the paper's pace on {task}")
+
+
+def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
+    """A sweep's metric against its value, SGP alone as a level."""
+    metric = ACCURACY if data not in ("wmt16", "ende") else NLL[True][0]
+    table = next((table for table in layout(data) if table.key == key), None)
+    points, base = [], runs.values(f"{data}_sgp", metric.name)
+    for label, run, _ in table.rows:
+        if f"{sign} = " in label and label.startswith("SGP + SlowMo"):
+            values = runs.values(run, metric.name)
+            if len(values):
+                points.append((float(label.rpartition(" = ")[2]), values.mean(), interval(values)))
+    if len(points) < 2:
+        return None
+    figure, axis = plt.subplots()
+    x, y, half = zip(*points)
+    axis.errorbar(x, y, yerr=half, marker="o", capsize=3, label="SGP + SlowMo")
+    if len(base):
+        axis.axhline(base.mean(), color="C1", linestyle="--", label="SGP")
+    if log:
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [f"{value:g}" for value in x])
+    axis.minorticks_off()
+    axis.set(xlabel=sign, ylabel=metric.title)
+    axis.legend()
+    return titled(figure, data, "bars: 95% interval of the mean over seeds")
+
+
+def tau(data, runs, curves):
+    return swept(data, runs, "tau", "τ", log=True)
+
+
+def alpha(data, runs, curves):
+    return swept(data, runs, "alpha", "α")
+
+
+def beta(data, runs, curves):
+    return swept(data, runs, "beta", "β")
+
+
+def titled(figure, data: str, note: str):
+    figure.suptitle(TITLES[data] + (f"\n{note}" if note else ""), fontsize=8)
+    return figure

@@ -1,0 +1,90 @@
+"""Tables, curves and verdicts in one page without any network: results/report.html. Every number's title says which runs it is of."""
+
+import html
+import json
+from pathlib import Path
+
+from results import claims, figures
+from results.tables import LABELS, RULES, SMALL, TITLES, Runs, cells, heading, layout, shown, unanswered, write
+
+HERE = Path(__file__).parent
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MEASURES = {"accuracy": "accuracy (%)", "nll": "NLL (nats)", "nll_base2": "NLL (base 2)", "train_loss": "training loss"}
+
+
+def main(path: Path, out: Path) -> None:
+    """Write report.html into `out`."""
+    runs = Runs(path)
+    curves = figures.Curves(path, runs)
+    parts = [f"<p>{html.escape(RULES.replace('*', ''))}</p>", "<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs)]
+    for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
+        parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
+        parts += [section(table, runs) for table in layout(data)]
+    complaints = [*runs.complaints, *unanswered()]
+    if complaints:
+        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in dict.fromkeys(complaints))}</ul>")
+    page = (HERE / "report.template.html").read_text()
+    write(out / "report.html", page.replace("<!-- BODY -->", "\n".join(parts)))
+    print(f"wrote {out / 'report.html'}: {(out / 'report.html').stat().st_size / 1000:.0f} kB")
+
+
+def section(table, runs: Runs) -> str:
+    """A table; the numbers of a cell carry their runs as a title, and all stand below for fingers and paper."""
+    found = cells(table, runs)
+    text = shown(table, found)
+    head = "".join(f"<th>{html.escape(heading(title))}</th>" for title in text.columns)
+    body, addresses = [], {}
+    for row in text.itertuples(index=False):
+        of_row = found[found["run"] == row[1]].iloc[0]
+        if of_row["address"]:
+            addresses[of_row["row"]] = of_row["address"]
+        title = html.escape(of_row["address"] or f"no run yet: {of_row['command']}", quote=True)
+        numbers = "".join(f'<td title="{title}">{_code(value)}</td>' for value in row[2:])
+        body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
+    where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
+    where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
+    title = f"<h3>{html.escape(table.title)}</h3>"
+    return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{where}"
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
+
+
+def verdicts(runs: Runs) -> str:
+    judged, undecided = claims.decided(claims.stored(runs))
+    rows = "".join(
+        f'<tr class="{line.verdict.split()[0]}"><td>{html.escape(line.claim)}</td><td><code>{line.data}</code></td><td>{line.verdict}</td>'
+        f'<td title="{html.escape(str(line.runs), quote=True)}">{html.escape(str(line.evidence))}</td></tr>' for line in judged.itertuples()
+    )  # fmt: skip
+    rest = f"<p>{html.escape(undecided)}</p>" if undecided else ""
+    return (
+        f"<div class=wide><table><thead><tr><th>claim<th>data<th>verdict<th>evidence</tr></thead><tbody>{rows}</tbody></table></div>{rest}"
+    )
+
+
+def plots(runs: Runs, curves) -> str:
+    """The curves as data; the page's own script draws them."""
+    out = []
+    for data in TITLES:
+        lines = []
+        for cell in figures.cells(data):
+            found = curves.of(f"{data}_{cell}")
+            if found.empty:
+                continue
+            style = figures.styled(cell, data)
+            seconds, how = figures.clock(data, cell, found)
+            series = {"epochs": found["epoch"].round(4).tolist()} | (
+                {how: [round(float(s), 2) for s in seconds]} if seconds is not None else {}
+            )
+            for name in MEASURES:
+                if name in found and found[name].notna().all():
+                    series[name] = found[name].round(5).tolist()
+                    if f"{name}_min" in found and found[f"{name}_min"].notna().all():
+                        series[f"{name} band"] = found[[f"{name}_min", f"{name}_max"]].round(5).to_numpy().tolist()
+            lines.append({"label": LABELS[cell], "color": COLORS[int(style["color"][1:])], "dash": style["linestyle"] == "--",
+                          "from": runs.address(f"{data}_{cell}"), "series": series})  # fmt: skip
+        if lines:
+            out.append({"title": TITLES[data], "lines": lines})
+    text = json.dumps({"plots": out, "measures": MEASURES}, allow_nan=False).replace("</", "<\\/")
+    return f'<div id="plots"></div><script type="application/json" id="curves">{text}</script>'

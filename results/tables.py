@@ -1,0 +1,395 @@
+"""runs.csv and paper.yaml -> the paper's tables with ours beside them: results/tables.md, .tex and .csv, and the README's blocks.
+
+A layout is data: which runs stand in which rows, which columns of runs.csv are shown. A run is named as its folder is, so that its name
+gives the command. Numbers of the paper's data stand beside the paper's; a stand-in's never do: there SlowMo's change is compared.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from scipy import stats
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs"
+SMALL = {"photos": "cifar10", "scripts": "imagenet", "ende": "wmt16"}  # stand-in -> the data it stands for
+TITLES = {
+    "cifar10": "CIFAR-10, ResNet-18", "imagenet": "ImageNet, ResNet-50", "wmt16": "WMT16 En-De, transformer (big)",
+    "photos": "photo patches, ResNet-8 (CIFAR-10 in small)", "scripts": "writing systems, small ResNet (ImageNet in small)",
+    "ende": "LibreOffice's texts, small transformer (WMT16 in small)",
+}  # fmt: skip
+SEEDS = {"cifar10": 5, "photos": 5, "ende": 3}  # of Table 1's cells; elsewhere and in the ablations 3, and 1 where a run takes a cluster
+LABELS = {
+    "local_sgd": "Local SGD", "slowmo_local_sgd": "Local SGD + SlowMo", "osgp": "OSGP", "slowmo_osgp": "OSGP + SlowMo", "sgp": "SGP",
+    "slowmo_sgp": "SGP + SlowMo", "ar_sgd": "AR-SGD", "local_adam": "Local Adam", "slowmo_local_adam": "Local Adam + SlowMo",
+    "ar_adam": "AR-Adam", "sgp_noaverage": "SGP + SlowMo, noaverage", "double_averaging_sgp": "double-averaging over SGP",
+    "double_averaging_local_sgd": "double-averaging over Local SGD",
+}  # fmt: skip
+VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo_sgp", "ar_sgd")
+TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam")
+SWEEPS = {"tau": (12, 24, 48, 96), "alpha": (0.5, 0.75, 1.0), "beta": (0.2, 0.4, 0.6, 0.8), "buffers": ("reset", "maintain", "average")}
+SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
+RULES = """ours: mean ± standard deviation over seeds (their number). difference: ours less the paper's; the mark is *agrees* where the
+paper's number lies within the 95% prediction interval for a mean of as many seeds as the paper had, else *above* or *below*; *one seed*
+allows no interval. change: against the row's reference (SlowMo's base; a sweep's first row), paired by seed, ± half its 95% confidence
+interval; the mark is *as the paper* or *against the paper* where that interval excludes zero, else *open*. best is over training, last
+is of the last step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A column: its name in runs.csv, its title, digits shown, and whether more is better (None: neither)."""
+
+    name: str
+    title: str
+    digits: int
+    more: bool | None = True
+
+    @property
+    def scale(self):
+        return 1000 if self.name == "milliseconds" else 1
+
+
+LOSS, ACCURACY = Metric("train_loss_best", "training loss, best", 3, False), Metric("accuracy_best", "accuracy, best", 2)
+LAST = Metric("accuracy_last", "accuracy, last", 2)
+BLEU, BLEU_TEST = Metric("bleu_valid", "BLEU, validation", 2), Metric("bleu_test", "BLEU, test", 2)
+NLL = {
+    False: (Metric("nll_best", "NLL, best", 3, False), Metric("nll_last", "NLL, last", 3, False)),
+    True: (Metric("nll_base2_best", "NLL in base 2, best", 3, False), Metric("nll_base2_last", "NLL in base 2, last", 3, False)),
+}
+TIME = Metric("milliseconds", "ms an iteration", 0, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """rows: (label, run, the run it is compared with or None)."""
+
+    key: str
+    data: str
+    title: str
+    rows: tuple
+    metrics: tuple
+    seeds: int
+
+
+@functools.cache
+def layout(data: str) -> tuple[Table, ...]:
+    """Every table of one data set."""
+    text = data in ("wmt16", "ende")
+    cells = TRANSLATION if text else VISION
+    names = tuple(cell for cell in LABELS if (CONFIGS / f"experiment/{data}_{cell}.yaml").exists())
+    reference = {f"slowmo_{cell}": cell for cell in cells} | {"sgp_noaverage": "slowmo_sgp"}
+    reference |= {name: name.replace("double_averaging", "slowmo") for name in names if name.startswith("double")}
+
+    def row(cell):
+        against = reference.get(cell)
+        return LABELS[cell], f"{data}_{cell}", against and f"{data}_{against}"
+
+    metrics = (LOSS, BLEU, BLEU_TEST) if text else (LOSS, ACCURACY, LAST)
+    more = metrics[1:2] + NLL[text][:1] + metrics[:1]
+    seeds = SEEDS.get(data, 1)
+    few = 1 if data in ("imagenet", "wmt16", "scripts") else 3
+    local = "local_adam" if text else "local_sgd"
+    made = [
+        Table("table1", data, "Table 1", tuple(row(cell) for cell in cells), metrics, seeds),
+        Table("nll", data, "Validation NLL", tuple(row(cell) for cell in cells), NLL[text], seeds),
+        Table("table2", data, "Table 2" + " (in one process, no network)" * (data in SMALL), tuple(row(c) for c in LABELS if c in names),
+              (TIME,), few),
+        Table("noaverage", data, "noaverage", tuple(row(c) for c in ("sgp", "slowmo_sgp", "sgp_noaverage") if c in names), more, few),
+        Table("double", data, "double-averaging", tuple(row(c) for base in ("sgp", "local_sgd")
+              for c in (base, f"slowmo_{base}", f"double_averaging_{base}") if f"double_averaging_{base}" in names), more, few),
+    ]  # fmt: skip
+    slow = f"{data}_slowmo_sgp"
+    for key, values in SWEEPS.items():
+        first = f"{data}_sgp" if key == "tau" else slow
+        values = sorted({*values, default(slow, key)}, key=str if key == "buffers" else float)
+        rows = [(f"SGP + SlowMo, {SIGNS[key]} = {value}", varied(slow, key, value), first) for value in values]
+        rows = [(label, run, None if run == first else against) for label, run, against in rows]
+        if key == "tau":
+            other = f"{data}_slowmo_{local}"
+            start, far = default(other, "tau"), 48
+            rows = [(LABELS["sgp"], first, None), *rows, (f"{LABELS[f'slowmo_{local}']}, τ = {start}", other, None),
+                    (f"{LABELS[f'slowmo_{local}']}, τ = {far}", varied(other, "tau", far), other)]  # fmt: skip
+        made.append(Table(key, data, f"{SIGNS[key]} varied", tuple(rows), more, few))
+    allreduce = f"{data}_{cells[-1]}"
+    rows = ((LABELS[cells[-1]], allreduce, None),
+            (f"{LABELS[cells[-1]]} + SlowMo, β = 0.4", f"{allreduce},outer=slowmo,outer.beta=0.4", allreduce))  # fmt: skip
+    made.append(Table("allreduce", data, "SlowMo over AllReduce", rows, more, few))
+    return tuple(table for table in made if table.rows)
+
+
+@functools.cache
+def default(experiment: str, key: str):
+    """`outer.<key>` of an experiment's file, or the config group's own."""
+    own = yaml.safe_load((CONFIGS / f"experiment/{experiment}.yaml").read_text()).get("outer", {})
+    return own.get(key, yaml.safe_load((CONFIGS / "outer/slowmo.yaml").read_text())[key])
+
+
+def varied(experiment: str, key: str, value) -> str:
+    """The name of an experiment's run with another `outer.<key>`."""
+    return experiment if value == default(experiment, key) else f"{experiment},outer.{key}={value}".removesuffix(".0")
+
+
+def command(run: str, seeds) -> str:
+    """What fills a cell."""
+    experiment, *overrides = run.split(",")
+    seeds = list(seeds)
+    return " ".join(["python run.py", *(["-m"] if len(seeds) > 1 else []), f"experiment={experiment}", *overrides,
+                     f"seed={','.join(map(str, seeds))}"])  # fmt: skip
+
+
+class Runs:
+    """What runs.csv holds of finished runs, and what is wrong with it (`complaints`).
+
+    FileNotFoundError where there is no such file, ValueError for one of another kind.
+    """
+
+    def __init__(self, path: Path):
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: run something, then python -m results collect")
+        from results.collect import COLUMNS
+
+        self.lines = pd.read_csv(path, dtype={"commit": str, "run": str})
+        if missing := [name for name in COLUMNS if name not in self.lines.columns]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it is no list of runs, or an older one; make it anew with collect")
+        self.complaints = []
+        same = self.lines.duplicated()
+        if same.any():
+            self.complaints.append(f"{path}: {same.sum()} lines stand there twice; each counts once")
+        self.lines = self.lines[~same]
+        ended = self.lines[self.lines["status"].isin(("done", "diverged"))]
+        twice = ended.duplicated(["run", "seed"], keep=False)
+        for (run, seed), group in ended[twice].groupby(["run", "seed"]):
+            commits = ", ".join(str(commit)[:10] for commit in group["commit"])
+            self.complaints.append(
+                f"{run} seed {seed} stands there {len(group)} times, commits {commits}: counted nowhere; delete all but one"
+            )
+        self.ended = ended[~twice].assign(milliseconds=lambda lines: 1000 * lines["seconds_per_iteration"])
+
+    def of(self, run: str) -> pd.DataFrame:
+        """The run's lines, by seed."""
+        return self.ended[self.ended["run"] == run].set_index("seed").sort_index()
+
+    def values(self, run: str, metric: str) -> pd.Series:
+        """By seed, of the runs that are done."""
+        lines = self.of(run)
+        return lines.loc[lines["status"] == "done", metric].dropna()
+
+    def address(self, run: str) -> str:
+        """Where a run's numbers come from."""
+        lines = self.of(run)
+        if lines.empty:
+            return ""
+        commits = sorted({str(commit)[:10] for commit in lines["commit"]})
+        seeds = ", ".join(str(seed) for seed in lines.index)
+        where = [", ".join(sorted(set(lines[name]))) for name in ("device", "torch")]
+        return f"runs/{run}, seed {seeds}; commit {', '.join(commits)}; {where[0]}, torch {where[1]}"
+
+
+def interval(values: pd.Series) -> float:
+    """Half the 95% confidence interval of the mean, by Student's t; NaN for fewer than two."""
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
+
+
+def change(runs: Runs, run: str, against: str, metric: str) -> pd.Series:
+    """Paired by seed; of milliseconds, in per cent."""
+    ours, other = (runs.values(name, metric) for name in (run, against))
+    ours, other = ours.align(other, join="inner")
+    return 100 * (ours / other - 1) if metric == "milliseconds" else ours - other
+
+
+@functools.cache
+def paper() -> tuple[pd.DataFrame, dict]:
+    """The published numbers, and the seeds behind them. ValueError for an entry without an experiment."""
+    loaded = yaml.safe_load((HERE / "paper.yaml").read_text())
+    return pd.DataFrame(loaded["numbers"]), loaded["seeds"]
+
+
+def published(run: str, metric: str) -> float | None:
+    numbers = paper()[0]
+    found = numbers[(numbers["experiment"] == run) & (numbers["metric"] == metric)]["value"]
+    return float(found.iloc[0]) if len(found) else None
+
+
+def unanswered() -> list[str]:
+    """Published numbers for which no experiment exists: their cells cannot be filled."""
+    said = []
+    for entry in paper()[0].to_dict("records"):
+        name = entry.get("experiment")
+        if not isinstance(name, str) or not (CONFIGS / f"experiment/{name}.yaml").exists():
+            said.append(f"paper.yaml: table {entry['table']}, {entry['row']}, {entry['column']}: no experiment {name}: left out")
+    return said
+
+
+def cells(table: Table, runs: Runs) -> pd.DataFrame:
+    """A line for each cell: what it shows, as numbers."""
+    lines = []
+    for label, run, against in table.rows:
+        status = runs.of(run)["status"]
+        for metric in table.metrics:
+            values = runs.values(run, metric.name)
+            if len(status) and (status == "done").any() and values.empty:
+                runs.complaints.append(f"{run} has no {metric.name}: its cell stays empty")
+            theirs = published(run, metric.name) if table.data not in SMALL else None
+            line = {"table": table.key, "data": table.data, "row": label, "run": run, "metric": metric.name, "mean": values.mean(),
+                    "std": values.std(), "n": len(values), "diverged": int((status == "diverged").sum()), "paper": theirs,
+                    "best_or_last": metric.name.rpartition("_")[2] if metric.name.endswith(("_best", "_last")) else "", "against": against,
+                    "command": command(run, range(1, table.seeds + 1)), "address": runs.address(run)}  # fmt: skip
+            if theirs is not None and len(values):
+                line["difference"] = values.mean() - theirs
+                line["mark"] = agreement(values, theirs, paper()[1][table.data], metric)
+            if against:
+                changes = change(runs, run, against, metric.name)
+                line |= {"change": changes.mean(), "half": interval(changes), "pairs": len(changes)}
+                if table.data in SMALL:
+                    line |= compared(line, table, metric)
+            lines.append(line)
+    columns = ["table", "data", "row", "run", "metric", "best_or_last", "mean", "std", "n", "diverged", "paper", "difference", "mark",
+               "against", "change", "half", "pairs", "paper_change", "command", "address"]  # fmt: skip
+    return pd.DataFrame(lines).reindex(columns=columns)
+
+
+def agreement(values: pd.Series, theirs: float, seeds: int, metric: Metric) -> str:
+    """Whether the paper's mean of `seeds` runs may be a mean of such runs as ours."""
+    n = len(values)
+    if n < 2:
+        return "one seed"
+    reach = stats.t.ppf(0.975, n - 1) * values.std() * math.sqrt(1 / n + 1 / seeds) + 0.5 * 10**-metric.digits
+    gap = values.mean() - theirs
+    return "agrees" if abs(gap) <= reach else "above" if gap > 0 else "below"
+
+
+def compared(line: dict, table: Table, metric: Metric) -> dict:
+    """A stand-in's change beside the paper's on its own data."""
+    swap = lambda run: f"{SMALL[table.data]}{run.removeprefix(table.data)}"
+    ours, base = (published(swap(run), metric.name) for run in (line["run"], line["against"]))
+    if ours is None or base is None:
+        return {}
+    theirs = 100 * (ours / base - 1) if metric is TIME else ours - base
+    if not line["half"] < abs(line["change"]):  # NaN too
+        return {"paper_change": theirs, "mark": "open" if line["pairs"] > 1 else "one seed" if line["pairs"] else None}
+    return {"paper_change": theirs, "mark": "as the paper" if line["change"] * theirs > 0 else "against the paper"}
+
+
+def shown(table: Table, found: pd.DataFrame) -> pd.DataFrame:
+    """The table as text: a row a run, and for each metric what there is to show of it."""
+    out = pd.DataFrame({"": [label for label, *_ in table.rows], "experiment": [run for _, run, _ in table.rows]})
+    for metric in table.metrics:
+        part = found[found["metric"] == metric.name].to_dict("records")
+        unit = "%" if metric is TIME else ""
+        number = lambda value, sign="", digits=metric.digits: "" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+        ours = []
+        for k, cell in enumerate(part):
+            if cell["diverged"]:  # a mean over the seeds that survived would flatter
+                ours.append(f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}")
+            elif not cell["n"]:
+                ours.append(f"`{cell['command']}`" if metric is table.metrics[0] else "–")
+            else:
+                ours.append(number(cell["mean"]) + (f" ± {number(cell['std'])}" if cell["n"] > 1 else "") + f" ({cell['n']})")
+        out[metric.title] = ours
+        digits = 1 if metric is TIME else metric.digits
+        if any(cell["paper"] is not None and not pd.isna(cell["paper"]) for cell in part):
+            out[f"paper: {metric.title}"] = [number(cell["paper"]) for cell in part]
+            out[f"difference: {metric.title}"] = [number(cell["difference"], "+") for cell in part]
+            out[f"mark: {metric.title}"] = [cell["mark"] or "" if isinstance(cell["mark"], str) else "" for cell in part]
+        elif any(cell["against"] for cell in part):
+            out[f"change: {metric.title}"] = [
+                "" if pd.isna(cell["change"]) else number(cell["change"], "+", digits) + unit
+                + ("" if pd.isna(cell["half"]) else f" ± {number(cell['half'], '', digits)}") for cell in part
+            ]  # fmt: skip
+            if any(not pd.isna(cell["paper_change"]) for cell in part):
+                out[f"the paper's change: {metric.title}"] = [
+                    number(cell["paper_change"], "+", digits) + unit * (not pd.isna(cell["paper_change"])) for cell in part
+                ]
+                out[f"mark: {metric.title}"] = [cell["mark"] if isinstance(cell["mark"], str) else "" for cell in part]
+    return out
+
+
+def heading(title: str) -> str:
+    """A column's title: what belongs to the column before needs no name of its own."""
+    for short in ("paper", "difference", "mark", "change", "the paper's change"):
+        if title.startswith(f"{short}: "):
+            return short
+    return title
+
+
+def markdown(table: Table, found: pd.DataFrame) -> str:
+    text = shown(table, found)
+    head = [heading(title) for title in text.columns]
+    body = [[row[0], f"`{row[1]}`", *row[2:]] for row in text.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body]) + "\n"
+
+
+def latex(table: Table, found: pd.DataFrame) -> str:
+    """booktabs; every word of it is escaped."""
+    text = shown(table, found).drop(columns="experiment")
+    swap = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--", "τ": r"$\tau$",
+            "α": r"$\alpha$", "β": r"$\beta$", "`": ""}  # fmt: skip
+    safe = lambda word: "".join(swap.get(letter, letter) for letter in word)
+    rows = [[safe(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
+    rows = [" & ".join(row) + r" \\" for row in rows]
+    lines = [
+        f"% {table.title}: {TITLES[table.data]}; needs booktabs",
+        rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
+        r"\toprule",
+        rows[0],
+        r"\midrule",
+        *rows[1:],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def everything(runs: Runs) -> list[tuple[Table, pd.DataFrame]]:
+    """All tables, the paper's data first, each with its cells."""
+    return [(table, cells(table, runs)) for data in TITLES for table in layout(data)]
+
+
+def main(path: Path, out: Path) -> None:
+    """Write tables.md, tables.tex and tables.csv into the folder `out`; say what is wrong with the runs."""
+    runs = Runs(path)
+    made = everything(runs)
+    text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", "", RULES, ""]
+    for table, found in made:
+        text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]
+    write(out / "tables.md", "\n".join(text))
+    write(out / "tables.tex", "\n".join(latex(table, found) for table, found in made))
+    write(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
+    filled = sum(int((found["n"] > 0).sum()) for _, found in made)
+    print(f"wrote {out}/tables.md, .tex, .csv: {len(made)} tables, {filled} of {sum(len(found) for _, found in made)} cells filled")
+
+
+def readme(path: Path, runs: Runs) -> str:
+    """The README with every block `<!-- KEY DATA: python -m results readme -->` made anew. ValueError for an unknown one."""
+    from results import claims
+
+    parts = path.read_text().split("<!-- ")
+    out = parts[:1]
+    for part in parts[1:]:
+        name, mark, rest = part.partition(": python -m results readme -->")
+        if mark:
+            key, _, data = name.partition(" ")
+            if key == "claims":
+                made = claims.markdown(claims.stored(runs))
+            else:
+                chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
+                if not chosen:
+                    raise ValueError(f"{path} asks for a table {name} that there is not")
+                made = markdown(chosen[0], cells(chosen[0], runs))
+            rest = f"\n{made}"
+        out.append(name + mark + rest)
+    return "<!-- ".join(out)
+
+
+def write(path: Path, text: str) -> None:
+    """Aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,159 @@
+"""Fill the paper's tables: plan what is done and what is missing, run the missing, collect, and make tables, figures and verdicts anew.
+
+    python scripts/reproduce.py table1 --data photos             Table 1 on the stand-in: 35 runs
+    python scripts/reproduce.py table1 table2 fig3 ablations --data photos --dry-run
+    python scripts/reproduce.py table1 --data paper --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
+
+What follows `--` goes to every run. A run that fails is named and the others go on; asking again takes up what is missing or was
+stopped. Done is what runs.csv or runs/ holds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from results.tables import SMALL, Runs, layout  # noqa: E402
+
+TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
+          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce")}  # fmt: skip
+DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=TABLES)
+    parser.add_argument("--data", choices=DATA, default="photos")
+    parser.add_argument("--seeds", help="as in 1,2,3; by default as many as the table wants")
+    parser.add_argument("--launcher", default="here", help="launch=... of each run: here, local, slurm, slurm_dgx1")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default 2, on a cluster all")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    arguments, extra = sys.argv[1:], []
+    if "--" in arguments:
+        extra = arguments[arguments.index("--") + 1 :]
+        arguments = arguments[: arguments.index("--")]
+    options = parser.parse_args(arguments)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
+    except ValueError:
+        parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
+    jobs = wanted(options.what, DATA[options.data], seeds)
+    done, paces = known()
+    missing = [job for job in jobs if job not in done]
+    show(jobs, missing, paces)
+    if options.dry_run:
+        return 0
+    failed = run_all(missing, options, extra) if missing else []
+    code = subprocess.run([sys.executable, "-m", "results", "all"], cwd=ROOT).returncode
+    for job, words in failed:
+        print(f"failed: {' '.join(command(job))}: {words}", file=sys.stderr)
+    return 1 if failed else code
+
+
+def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> list[tuple[str, int]]:
+    """(run, seed) of every cell, each once, seed after seed: what is stopped early has all cells with fewer seeds."""
+    tables = [table for name in data for table in layout(name) if any(table.key in TABLES[key] for key in what)]
+    if not tables:
+        sys.exit("no such table for these data")
+    of_table = [(seed, run) for table in tables for seed in seeds or range(1, table.seeds + 1) for _, run, _ in table.rows]
+    return [(run, seed) for seed, run in sorted(dict.fromkeys(of_table), key=lambda pair: pair[0])]
+
+
+def known() -> tuple[set, dict]:
+    """Runs that ended, by runs.csv and by runs/; and seconds of a run, of any seed."""
+    done, paces = set(), {}
+    if (ROOT / "results/runs.csv").exists():
+        ended = Runs(ROOT / "results/runs.csv").ended
+        done |= set(zip(ended["run"], ended["seed"]))
+        paces = (ended["seconds_per_iteration"] * ended["step"]).groupby(ended["run"]).mean().to_dict()
+    for path in (ROOT / "runs").glob("*/seed*/result.json"):
+        result = json.loads(path.read_text())
+        done.add((path.parent.parent.name, result["seed"]))
+        paces.setdefault(path.parent.parent.name, result["seconds"])
+    return done, paces
+
+
+def show(jobs, missing, paces) -> None:
+    """The plan: runs, and their cost as far as runs before them tell."""
+    for run in dict.fromkeys(run for run, _ in jobs):
+        seeds = [str(seed) for name, seed in missing if name == run]
+        cost = f"{paces[run] / 60:.1f} minutes each" if run in paces else estimate(run, paces)
+        print(f"{run:55}" + (f"missing: seed {', '.join(seeds)}; {cost}" if seeds else "done"))
+    guess = [paces.get(run) or paces.get(run.split(",")[0]) for run, _ in missing]
+    known_ = [seconds for seconds in guess if seconds]
+    total = f", about {sum(known_) / 3600:.1f} hours of training" if known_ else ""
+    print(
+        f"{len(jobs) - len(missing)} of {len(jobs)} runs done{total}"
+        + f" for {len(known_)} of the others" * (0 < len(known_) < len(missing))
+    )
+
+
+def estimate(run: str, paces: dict) -> str:
+    """The promise in the experiment's file."""
+    import yaml
+
+    experiment = run.split(",")[0]
+    if experiment in paces:
+        return f"{paces[experiment] / 60:.1f} minutes each, like {experiment}"
+    promise = yaml.safe_load((ROOT / f"configs/experiment/{experiment}.yaml").read_text()).get("promise", {})
+    return promise.get("cost", "cost unknown")
+
+
+def command(job: tuple[str, int]) -> list[str]:
+    run, seed = job
+    experiment, *overrides = run.split(",")
+    return ["run.py", f"experiment={experiment}", *overrides, f"seed={seed}"]
+
+
+def run_all(missing, options, extra) -> list:
+    """Run them, so many at once; (job, last words) of those that failed. Ctrl-C: each saves and stops, nothing new starts."""
+    cluster = options.launcher.startswith("slurm")
+    words = [f"launch={options.launcher}", *(["launch.wait=true"] if cluster else []), *extra]
+    failed, children, stopping = [], set(), threading.Event()
+    live = Console().is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+    def one(job):
+        if stopping.is_set():
+            return
+        started = time.monotonic()
+        # a session of its own: Ctrl-C comes once, from here
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        child = subprocess.Popen([sys.executable, *command(job), *words], cwd=ROOT, **pipes)
+        children.add(child)
+        said, _ = child.communicate()
+        children.discard(child)
+        last = (said.strip().splitlines() or ["no words"])[-1]
+        if child.returncode:
+            failed.append((job, last))
+        progress.advance(task)
+        if not live or child.returncode:
+            state = f"ended with {child.returncode}: {last}" if child.returncode else "done"
+            progress.console.print(f"{job[0]} seed {job[1]}: {state}, {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+
+    with Progress(*columns, disable=not live) as progress, ThreadPoolExecutor(options.jobs or (len(missing) if cluster else 2)) as pool:
+        task = progress.add_task("runs", total=len(missing))
+        futures = [pool.submit(one, job) for job in missing]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            stopping.set()
+            for child in list(children):
+                child.terminate()
+            progress.console.print("stopping: what runs saves first; the same command goes on from there")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
