@@ -35,7 +35,7 @@ def main() -> None:
             if name == "collect":
                 collect.main(options.runs, out)
             elif name == "readme":
-                tables.write(README, tables.readme(README, tables.Runs(out)))
+                collect.write(README, report.readme(README, tables.Runs(out)))
                 print(f"wrote {README}")
             elif name == "claims":
                 claims.main(out, out.parent, again=options.command == "claims")

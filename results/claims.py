@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from results.tables import ACCURACY, BLEU, LOSS, NLL, TITLES, Runs, change, default, interval, layout, varied, write
+from results.collect import write
+from results.tables import ACCURACY, BLEU, LOSS, NLL, TITLES, Runs, change, default, interval, layout, varied
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not enough runs"
 PACE = 5.0  # per cent of an iteration

@@ -14,8 +14,6 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from results.tables import write
-
 METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
 KEY = ["run", "seed", "commit"]
 CURVES = ["run", "seed", "commit", "step", "epoch", "seconds", "train_loss", "spread",
@@ -150,3 +148,11 @@ def _locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
+
+
+def write(path: Path, text: str) -> None:
+    """Aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,11 +1,15 @@
-"""Tables, curves and verdicts in one page without any network: results/report.html. Every number's title says which runs it is of."""
+"""Tables, curves and verdicts for readers: in one page without any network, results/report.html, and in the README's blocks.
+
+On the page every number's title says which runs it is of.
+"""
 
 import html
 import json
 from pathlib import Path
 
-from results import claims, figures
-from results.tables import LABELS, RULES, SMALL, TITLES, Runs, cells, heading, layout, shown, unanswered, write
+from results import claims, figures, tables
+from results.collect import write
+from results.tables import LABELS, SMALL, TITLES, Runs, cells, heading, layout, rule, shown, unanswered
 
 HERE = Path(__file__).parent
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -16,7 +20,7 @@ def main(path: Path, out: Path) -> None:
     """Write report.html into `out`."""
     runs = Runs(path)
     curves = figures.Curves(path, runs)
-    parts = [f"<p>{html.escape(RULES.replace('*', ''))}</p>", "<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs)]
+    parts = ["<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs)]
     for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
         parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
         parts += [section(table, runs) for table in layout(data)]
@@ -43,8 +47,8 @@ def section(table, runs: Runs) -> str:
         body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
     where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
     where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
-    title = f"<h3>{html.escape(table.title)}</h3>"
-    return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{where}"
+    title, under = f"<h3>{html.escape(table.title)}</h3>", f"<p class=rule>{html.escape(rule(table).replace('*', ''))}</p>"
+    return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
 
 
 def _code(text: str) -> str:
@@ -88,3 +92,23 @@ def plots(runs: Runs, curves) -> str:
             out.append({"title": TITLES[data], "lines": lines})
     text = json.dumps({"plots": out, "measures": MEASURES}, allow_nan=False).replace("</", "<\\/")
     return f'<div id="plots"></div><script type="application/json" id="curves">{text}</script>'
+
+
+def readme(path: Path, runs: Runs) -> str:
+    """The README with every block `<!-- KEY DATA: python -m results readme -->` made anew. ValueError for an unknown one."""
+    parts = path.read_text().split("<!-- ")
+    out = parts[:1]
+    for part in parts[1:]:
+        name, mark, rest = part.partition(": python -m results readme -->")
+        if mark:
+            key, _, data = name.partition(" ")
+            if key == "claims":
+                made = claims.markdown(claims.stored(runs))
+            else:
+                chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
+                if not chosen:
+                    raise ValueError(f"{path} asks for a table {name} that there is not")
+                made = tables.markdown(chosen[0], cells(chosen[0], runs))
+            rest = f"\n{made}"
+        out.append(name + mark + rest)
+    return "<!-- ".join(out)

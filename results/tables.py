@@ -7,12 +7,14 @@ gives the command. Numbers of the paper's data stand beside the paper's; a stand
 import dataclasses
 import functools
 import math
-import os
+import sys
 from pathlib import Path
 
 import pandas as pd
 import yaml
 from scipy import stats
+
+from results.collect import COLUMNS, write
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
@@ -33,11 +35,17 @@ VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo
 TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam")
 SWEEPS = {"tau": (12, 24, 48, 96), "alpha": (0.5, 0.75, 1.0), "beta": (0.2, 0.4, 0.6, 0.8), "buffers": ("reset", "maintain", "average")}
 SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
-RULES = """ours: mean ± standard deviation over seeds (their number). difference: ours less the paper's; the mark is *agrees* where the
-paper's number lies within the 95% prediction interval for a mean of as many seeds as the paper had, else *above* or *below*; *one seed*
-allows no interval. change: against the row's reference (SlowMo's base; a sweep's first row), paired by seed, ± half its 95% confidence
-interval; the mark is *as the paper* or *against the paper* where that interval excludes zero, else *open*. best is over training, last
-is of the last step."""
+WHEN = "best is over training, last of the last step."
+RULES = {  # of the paper's data, of a stand-in
+    False: "ours: mean ± standard deviation over seeds (their number). difference: ours less the paper's. mark: *agrees* where the paper's "
+    "number lies within the 95% prediction interval for a mean of as many seeds as the paper had, else *above* or *below*; *one seed* "
+    f"allows no interval. {WHEN}",
+    True: "ours: mean ± standard deviation over seeds (their number). change: against SlowMo's base, in a sweep against its reference, "
+    "paired by seed, ± half its 95% confidence interval. mark: *as the paper* or *against the paper* where that interval excludes zero, "
+    f"else *open*. {WHEN}",
+}
+# what a reader must know to read a table, by data or by (data, table)
+NOTES = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +159,6 @@ class Runs:
     def __init__(self, path: Path):
         if not path.exists():
             raise FileNotFoundError(f"no {path}: run something, then python -m results collect")
-        from results.collect import COLUMNS
-
         self.lines = pd.read_csv(path, dtype={"commit": str, "run": str})
         if missing := [name for name in COLUMNS if name not in self.lines.columns]:
             raise ValueError(f"{path} lacks {', '.join(missing)}: it is no list of runs, or an older one; make it anew with collect")
@@ -322,7 +328,13 @@ def markdown(table: Table, found: pd.DataFrame) -> str:
     text = shown(table, found)
     head = [heading(title) for title in text.columns]
     body = [[row[0], f"`{row[1]}`", *row[2:]] for row in text.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body]) + "\n"
+    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body]]
+    return "\n".join([*lines, "", rule(table), ""])
+
+
+def rule(table: Table) -> str:
+    """What stands under a table: how its marks are made, and what is to be known about these runs."""
+    return " ".join([RULES[table.data in SMALL], *[NOTES[key] for key in ((table.data,), (table.data, table.key)) if key in NOTES]])
 
 
 def latex(table: Table, found: pd.DataFrame) -> str:
@@ -342,6 +354,8 @@ def latex(table: Table, found: pd.DataFrame) -> str:
         *rows[1:],
         r"\bottomrule",
         r"\end{tabular}",
+        "",
+        rf"{{\footnotesize {safe(rule(table).replace('*', ''))}}}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -355,7 +369,7 @@ def main(path: Path, out: Path) -> None:
     """Write tables.md, tables.tex and tables.csv into the folder `out`; say what is wrong with the runs."""
     runs = Runs(path)
     made = everything(runs)
-    text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", "", RULES, ""]
+    text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", ""]
     for table, found in made:
         text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]
     write(out / "tables.md", "\n".join(text))
@@ -363,33 +377,5 @@ def main(path: Path, out: Path) -> None:
     write(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
     filled = sum(int((found["n"] > 0).sum()) for _, found in made)
     print(f"wrote {out}/tables.md, .tex, .csv: {len(made)} tables, {filled} of {sum(len(found) for _, found in made)} cells filled")
-
-
-def readme(path: Path, runs: Runs) -> str:
-    """The README with every block `<!-- KEY DATA: python -m results readme -->` made anew. ValueError for an unknown one."""
-    from results import claims
-
-    parts = path.read_text().split("<!-- ")
-    out = parts[:1]
-    for part in parts[1:]:
-        name, mark, rest = part.partition(": python -m results readme -->")
-        if mark:
-            key, _, data = name.partition(" ")
-            if key == "claims":
-                made = claims.markdown(claims.stored(runs))
-            else:
-                chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
-                if not chosen:
-                    raise ValueError(f"{path} asks for a table {name} that there is not")
-                made = markdown(chosen[0], cells(chosen[0], runs))
-            rest = f"\n{made}"
-        out.append(name + mark + rest)
-    return "<!-- ".join(out)
-
-
-def write(path: Path, text: str) -> None:
-    """Aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    for text in dict.fromkeys((*runs.complaints, *unanswered())):
+        print(text, file=sys.stderr)

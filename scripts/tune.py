@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
-from results.tables import TRANSLATION, VISION, write  # noqa: E402
+from results.tables import TRANSLATION, VISION  # noqa: E402
 
 TRIALS = ROOT / "results/trials.csv"
 RATES = {True: [0.001, 0.002, 0.004], False: [0.1, 0.3, 0.9]}
@@ -128,7 +128,7 @@ class Tuner:
             self.save()
 
     def save(self) -> None:
-        write(TRIALS, self.trials.sort_values(COLUMNS[:3], kind="stable").to_csv(index=False))
+        collect.write(TRIALS, self.trials.sort_values(COLUMNS[:3], kind="stable").to_csv(index=False))
 
 
 if __name__ == "__main__":

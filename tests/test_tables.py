@@ -12,7 +12,7 @@ import yaml
 from listed import lines, written
 from scipy import stats
 
-from results import tables
+from results import report, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -187,14 +187,13 @@ def test_files_are_written_whole(tmp_path, capsys):
     assert made["address"].dropna().str.contains("commit 0123456789").all()
 
 
-def test_the_readme_is_made_of_blocks(tmp_path):
-    path = written(tmp_path, lines("photos_sgp", [60.0, 61.0]))
-    (tmp_path / "README.md").write_text("before <!-- table1 photos: python -m results readme -->\nold\n<!-- end -->\nafter\n")
-    text = tables.readme(tmp_path / "README.md", tables.Runs(path))
-    assert text.startswith("before <!-- table1 photos") and "60.50" in text and "old" not in text and text.endswith("<!-- end -->\nafter\n")
-    (tmp_path / "README.md").write_text("<!-- table9 photos: python -m results readme -->\n<!-- end -->\n")
-    with pytest.raises(ValueError, match="a table table9 photos that there is not"):
-        tables.readme(tmp_path / "README.md", tables.Runs(path))
+def test_what_is_wrong_with_the_runs_is_said_and_the_rest_is_made(tmp_path, capsys):
+    path = written(tmp_path, lines("photos_sgp", [60.0]), lines("photos_sgp", [70.0], commit="f" * 40), lines("photos_osgp", [50.0]))
+    tables.main(path, tmp_path)
+    said = capsys.readouterr()
+    assert "counted nowhere" in said.err and "50.00 (1)" in (tmp_path / "tables.md").read_text()
+    text = (tmp_path / "tables.md").read_text()  # every table has its rule
+    assert text.count("mark: *as the paper*") + text.count("mark: *agrees*") == text.count("\n## ") == 57
 
 
 def test_what_is_committed_is_what_the_runs_give(tmp_path):
@@ -202,7 +201,7 @@ def test_what_is_committed_is_what_the_runs_give(tmp_path):
     tables.main(results / "runs.csv", tmp_path)
     for name in ("tables.md", "tables.tex", "tables.csv"):
         assert (tmp_path / name).read_text() == (results / name).read_text(), f"{name}: python -m results all"
-    assert tables.readme(ROOT / "README.md", tables.Runs(results / "runs.csv")) == (ROOT / "README.md").read_text(), (
+    assert report.readme(ROOT / "README.md", tables.Runs(results / "runs.csv")) == (ROOT / "README.md").read_text(), (
         "python -m results readme"
     )
 
