@@ -158,15 +158,12 @@ def test_layouts_name_runs_as_their_folders_are():
     assert rows["imagenet_slowmo_sgp"] == "SGP + SlowMo, τ = 48" and rows["imagenet_slowmo_sgp,outer.tau=12"] == "SGP + SlowMo, τ = 12"
 
 
-@pytest.mark.parametrize("data", ["photos", "ende", "imagenet"])
-def test_the_commands_lead_to_folders_of_these_names(data, tmp_path):
-    runs = sorted({run for table in tables.layout(data) if table.key in ("buffers", "alpha", "allreduce") for _, run, _ in table.rows})
-    varied = [run for run in runs if "," in run][::3]
-    for run in varied:
-        words = tables.command(run, [2]).split()[2:]
-        done = subprocess.run([sys.executable, "run.py", *words, "dry_run=true"],
-                              cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-        assert f"runs/{run}/seed2" in done.stdout, done.stdout + done.stderr
+@pytest.mark.parametrize("run", ["photos_slowmo_sgp,outer.buffers=maintain", "ende_ar_adam,outer=slowmo,outer.beta=0.4"])
+def test_the_commands_lead_to_folders_of_these_names(run):
+    assert any(run == row[1] for table in tables.layout(run.split("_")[0]) for row in table.rows)
+    words = tables.command(run, [2]).split()[2:]
+    done = subprocess.run([sys.executable, "run.py", *words, "dry_run=true"], cwd=ROOT, capture_output=True, text=True)
+    assert f"runs/{run}/seed2" in done.stdout, done.stdout + done.stderr
 
 
 def test_latex_is_escaped_and_whole(tmp_path):
