@@ -57,8 +57,8 @@ class Together:
         return losses.detach()
 
 
-def where_it_pays(replicas, loss, batch) -> Together | None:
-    """All replicas together where that is faster and computes the same, which is tried out on `batch`; otherwise None.
+def where_it_pays(replicas, loss, draw) -> Together | None:
+    """All replicas together where that is faster and computes the same, which is tried out on the first of `draw()`; otherwise None.
 
     Faster: by the forward FLOPs of a worker's batch, so that a run takes the same way wherever it goes on. Not the same: a model that
     draws random numbers (every worker has its own), whose buffers are replaced instead of written, or that vmap does not know.
@@ -68,7 +68,7 @@ def where_it_pays(replicas, loss, batch) -> Together | None:
         return None
     if any(p.dtype != rows.dtype for p, *_ in replicas._entries):
         return None
-    probe = copy.deepcopy(replicas.models[0])
+    probe, batch = copy.deepcopy(replicas.models[0]), next(iter(draw()))
     with FlopCounterMode(display=False) as counter:
         expected = loss(probe, batch)
     if counter.get_total_flops() > LIMIT:

@@ -4,7 +4,7 @@ A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and
 has the contract.
 """
 
-import itertools
+import functools
 import math
 import time
 
@@ -56,15 +56,12 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, tally: Tal
     """
     cluster, together = replicas.cluster, None
     for step in range(algorithm.steps, steps):
+        draw = functools.partial(task.batches, step, cluster.ranks, (cluster.lane, cluster.node))
+        if together is None:  # trying it out is not training
+            together = where_it_pays(replicas, task.loss, draw) or False
         tally.start()
         algorithm.start()
-        batches = iter(task.batches(step, cluster.ranks, (cluster.lane, cluster.node)))
-        if together is None:  # trying it out is not training
-            first = next(batches)
-            tally.stop()
-            together = where_it_pays(replicas, task.loss, first) or False
-            tally.start()
-            batches = itertools.chain([first], batches)
+        batches = draw()
         if together:
             tally.losses += together(task.loss, list(batches))
             batches = ()

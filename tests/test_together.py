@@ -37,7 +37,7 @@ def test_the_same_as_one_after_another(dtype, tolerance, layout):
     torch.manual_seed(0)
     model = ResNet([1, 1, 0, 0], 4).to(dtype, memory_format=layout)
     one, all_ = replicas(copy.deepcopy(model)), replicas(model)
-    found = together.where_it_pays(all_, loss, batches(dtype)[0])
+    found = together.where_it_pays(all_, loss, lambda: batches(dtype))
     torch.testing.assert_close(all_.buffers(), one.buffers(), rtol=0, atol=0)  # trying it out left nothing
     assert not all_.rows.grad.any()
     for _ in range(2):  # gradients add up, buffers go on
@@ -66,7 +66,7 @@ def test_tied_and_unused_parameters():
     one, all_ = replicas(copy.deepcopy(model)), replicas(model)
     square = lambda model, x: model(x).square().mean()
     inputs = [torch.randn(5, 6, dtype=torch.float64) for _ in range(N)]
-    together.where_it_pays(all_, square, inputs[0])(square, inputs)
+    together.where_it_pays(all_, square, lambda: inputs)(square, inputs)
     for replica, x in zip(one.models, inputs):
         square(replica, x).backward()
     torch.testing.assert_close(all_.rows.grad, one.rows.grad, rtol=1e-13, atol=1e-13)
@@ -93,13 +93,13 @@ class Replaces(torch.nn.Module):
 def test_one_after_another_where_it_must_be(model):
     made = replicas(model, 0.0)
     before = made.buffers()
-    assert together.where_it_pays(made, loss, batches(torch.float32, 32 if isinstance(model, ResNet) else 8)[0]) is None
+    assert together.where_it_pays(made, loss, lambda: batches(torch.float32, 32 if isinstance(model, ResNet) else 8)) is None
     assert made.buffers().equal(before) and not made.rows.grad.any()
 
 
 def test_batches_that_do_not_stack_are_refused():
     made = replicas(ResNet([1, 0, 0, 0], 4))
-    found = together.where_it_pays(made, loss, batches(torch.float32)[0])
+    found = together.where_it_pays(made, loss, lambda: batches(torch.float32))
     short = batches(torch.float32)
     short[1] = tuple(part if part is None else part[:2] for part in short[1])
     with pytest.raises(RuntimeError):
@@ -109,6 +109,6 @@ def test_batches_that_do_not_stack_are_refused():
 
 
 def test_one_replica_or_several_pieces_go_one_by_one():
-    batch = batches(torch.float32)[0]
-    assert together.where_it_pays(slowmo.Replicas(ResNet([1, 0, 0, 0], 4)), loss, batch) is None
-    assert together.where_it_pays(slowmo.Replicas(ResNet([1, 0, 0, 0], 4), slowmo.Cluster(2), accumulate=2), loss, batch) is None
+    draw = lambda: batches(torch.float32)
+    assert together.where_it_pays(slowmo.Replicas(ResNet([1, 0, 0, 0], 4)), loss, draw) is None
+    assert together.where_it_pays(slowmo.Replicas(ResNet([1, 0, 0, 0], 4), slowmo.Cluster(2), accumulate=2), loss, draw) is None
