@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from results.tables import SMALL, Runs, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
-          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce")}  # fmt: skip
+          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance")}  # fmt: skip
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
 
 
