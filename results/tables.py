@@ -356,7 +356,7 @@ def latex(table: Table, found: pd.DataFrame) -> str:
     """booktabs; every word of it is escaped."""
     text = shown(table, found).drop(columns="experiment")
     swap = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--", "τ": r"$\tau$",
-            "α": r"$\alpha$", "β": r"$\beta$", "`": ""}  # fmt: skip
+            "α": r"$\alpha$", "β": r"$\beta$", "`": "", "^": r"\^{}", "~": r"\~{}", "{": r"\{", "}": r"\}", "$": r"\$"}  # fmt: skip
     safe = lambda word: "".join(swap.get(letter, letter) for letter in word)
     rows = [[safe(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
     rows = [" & ".join(row) + r" \\" for row in rows]

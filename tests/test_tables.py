@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,17 @@ def test_latex_is_escaped_and_whole(tmp_path):
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + len(table.rows) and len({line.count("&") - 2 * line.count(r"\&") for line in body}) == 1
     assert r"$\pm$" in text and not re.search(r"(?<!\\)_", re.sub(r"%.*", "", text)) and "−" not in text
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX on this machine (Debian: apt install texlive-latex-recommended)")
+def test_latex_takes_it(tmp_path):
+    body = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+    (tmp_path / "page.tex").write_text(body)
+    (tmp_path / "tables.tex").write_text((ROOT / "results/tables.tex").read_text())
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "page.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace"
+    )
+    assert done.returncode == 0 and "\n!" not in done.stdout, done.stdout[-2000:]
 
 
 def test_files_are_written_whole(tmp_path, capsys):
