@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -70,43 +71,46 @@ def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> l
 
 
 def known() -> tuple[set, dict]:
-    """Runs that ended, by runs.csv and by runs/; and seconds of a run, of any seed."""
+    """Runs that ended, by runs.csv and by runs/; and of each run, by any seed, (seconds an iteration, iterations)."""
     done, paces = set(), {}
     if (ROOT / "results/runs.csv").exists():
         ended = Runs(ROOT / "results/runs.csv").ended
         done |= set(zip(ended["run"], ended["seed"]))
-        paces = (ended["seconds_per_iteration"] * ended["step"]).groupby(ended["run"]).mean().to_dict()
+        means = ended.groupby("run")[["seconds_per_iteration", "step"]].mean()
+        paces = dict(zip(means.index, means.itertuples(index=False, name=None)))
     for path in (ROOT / "runs").glob("*/seed*/result.json"):
         result = json.loads(path.read_text())
         done.add((path.parent.parent.name, result["seed"]))
-        paces.setdefault(path.parent.parent.name, result["seconds"])
+        paces.setdefault(path.parent.parent.name, (result["seconds_per_iteration"], result["step"]))
     return done, paces
 
 
 def show(jobs, missing, paces) -> None:
     """The plan: runs, and their cost as far as runs before them tell."""
-    for run in dict.fromkeys(run for run, _ in jobs):
+    guesses = {run: seconds(run, paces) for run in dict.fromkeys(run for run, _ in jobs)}
+    for run, guess in guesses.items():
         seeds = [str(seed) for name, seed in missing if name == run]
-        cost = f"{paces[run] / 60:.1f} minutes each" if run in paces else estimate(run, paces)
+        cost = f"{guess / 60:.1f} minutes each" if guess else promise(run)
         print(f"{run:55}" + (f"missing: seed {', '.join(seeds)}; {cost}" if seeds else "done"))
-    guess = [paces.get(run) or paces.get(run.split(",")[0]) for run, _ in missing]
-    known_ = [seconds for seconds in guess if seconds]
-    total = f", about {sum(known_) / 3600:.1f} hours of training" if known_ else ""
+    costs = [guesses[run] for run, _ in missing if guesses[run]]
+    total = f", about {sum(costs) / 3600:.1f} hours of training" if costs else ""
     print(
-        f"{len(jobs) - len(missing)} of {len(jobs)} runs done{total}"
-        + f" for {len(known_)} of the others" * (0 < len(known_) < len(missing))
+        f"{len(jobs) - len(missing)} of {len(jobs)} runs done{total}" + f" for {len(costs)} of the others" * (0 < len(costs) < len(missing))
     )
 
 
-def estimate(run: str, paces: dict) -> str:
-    """The promise in the experiment's file."""
-    import yaml
+def seconds(run: str, paces: dict) -> float | None:
+    """What a run will take: as it took before, or as its experiment's own run did, iteration by iteration."""
+    experiment, *overrides = run.split(",")
+    pace, steps = paces.get(run) or paces.get(experiment) or (None, None)
+    length = [int(word.removeprefix("steps=")) for word in overrides if word.startswith("steps=")]
+    return pace and pace * (length[0] if length else steps)
 
-    experiment = run.split(",")[0]
-    if experiment in paces:
-        return f"{paces[experiment] / 60:.1f} minutes each, like {experiment}"
-    promise = yaml.safe_load((ROOT / f"configs/experiment/{experiment}.yaml").read_text()).get("promise", {})
-    return promise.get("cost", "cost unknown")
+
+def promise(run: str) -> str:
+    """The cost that the experiment's file names."""
+    config = yaml.safe_load((ROOT / f"configs/experiment/{run.split(',')[0]}.yaml").read_text())
+    return config.get("promise", {}).get("cost", "cost unknown")
 
 
 def command(job: tuple[str, int]) -> list[str]:
