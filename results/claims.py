@@ -131,19 +131,11 @@ def turns(data: str, runs: Runs, metric):
         for low, high in pairs:
             changes = sign * change(runs, varied(slow, "tau", high), varied(slow, "tau", low), metric.name)
             # clearest: furthest from zero in units of its interval, which many pairs make wider (Bonferroni)
-            half = interval_of(changes, 1 - 0.05 / len(pairs))
+            half = interval(changes, 1 - 0.05 / len(pairs))
             score = changes.mean() / half if half else -math.inf
             if len(changes) > 1 and (best is None or score > best[0]):
                 best = score, (f"τ = {high} {word} than {low}", changes.mean(), half, 0, math.inf, f"{slow} at τ = {low}, {high}")
         yield best[1] if best else (f"a larger τ {word}", math.nan, math.nan, 0, math.inf, "none")
-
-
-def interval_of(values: pd.Series, level: float) -> float:
-    """Half a confidence interval of this level."""
-    from scipy import stats
-
-    n = len(values)
-    return float(stats.t.ppf(0.5 + level / 2, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
 
 
 def judge(parts) -> tuple[str, str, str]:

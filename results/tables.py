@@ -210,10 +210,10 @@ class Runs:
         return f"runs/{run}, seed {seeds}; commit {', '.join(commits)}; {where[0]}, torch {where[1]}"
 
 
-def interval(values: pd.Series) -> float:
-    """Half the 95% confidence interval of the mean, by Student's t; NaN for fewer than two."""
+def interval(values: pd.Series, level: float = 0.95) -> float:
+    """Half the confidence interval of the mean, by Student's t; NaN for fewer than two."""
     n = len(values)
-    return float(stats.t.ppf(0.975, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
+    return float(stats.t.ppf(0.5 + level / 2, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
 
 
 def change(runs: Runs, run: str, against: str, metric: str) -> pd.Series:
