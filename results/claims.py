@@ -75,14 +75,8 @@ def claims(data: str, runs: Runs):
 
     def paired(what, run, against, metric, least, most):
         changes = change(runs, run, against, metric)
-        return (
-            what,
-            changes.mean(),
-            interval(changes),
-            least,
-            most,
-            f"{run} / {against}, seeds {', '.join(map(str, changes.index)) or 'none'}",
-        )
+        source = f"{run} / {against}, seeds {', '.join(map(str, changes.index)) or 'none'}"
+        return what, changes.mean(), interval(changes), least, most, source
 
     yield "SlowMo lowers the training loss of each base", [
         paired(base, name(f"slowmo_{base}"), name(base), LOSS.name, -math.inf, 0) for base in bases]  # fmt: skip

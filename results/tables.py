@@ -123,6 +123,7 @@ def layout(data: str) -> tuple[Table, ...]:
     slow = f"{data}_slowmo_sgp"
     for key, values in SWEEPS.items():
         first = f"{data}_sgp" if key == "tau" else slow
+        values += (192,) * (text and key == "tau")  # the paper's longest for translation
         values = sorted({*values, default(slow, key)}, key=str if key == "buffers" else float)
         rows = [(f"SGP + SlowMo, {SIGNS[key]} = {value}", varied(slow, key, value), first) for value in values]
         rows = [(label, run, None if run == first else against) for label, run, against in rows]
