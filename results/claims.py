@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from results.collect import write
-from results.tables import ACCURACY, BLEU, LOSS, NLL, TITLES, Runs, change, default, interval, layout, varied
+from results.tables import ACCURACY, BLEU, LOSS, NLL, TEXT, TITLES, Runs, change, interval, sweep, varied
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not enough runs"
 PACE = 5.0  # per cent of an iteration
@@ -67,7 +67,7 @@ def markdown(judged: pd.DataFrame) -> str:
 def claims(data: str, runs: Runs):
     """(claim, its parts). A part is (what, mean, half an interval, least, most, runs): supported where mean ± half lies within
     (least, most), contradicted where it lies outside."""
-    text = data in ("wmt16", "ende")
+    text = data in TEXT
     metric = BLEU if text else ACCURACY
     bases = ("local_adam", "sgp") if text else ("local_sgd", "osgp", "sgp")
     name = lambda cell: f"{data}_{cell}"
@@ -96,34 +96,28 @@ def claims(data: str, runs: Runs):
             more = more - other
             parts.append((f"over {base}", more.mean(), interval(more), 0, math.inf, f"{local}, {name(f'slowmo_{base}')}, their bases"))
         yield "the gain in accuracy is largest for Local SGD", parts
-    values = sorted(float(run.rpartition("=")[2]) for key, run in sweep(data, "alpha") if "alpha" in run)
+    others = [(value, run) for value, run in sweep(data, "alpha") if run != slow]
     yield "α = 1 is best", [
-        paired(f"α = 1 over {value:g}", slow, varied(slow, "alpha", value), metric.name, 0, math.inf) for value in values]  # fmt: skip
+        paired(f"α = 1 over {value:g}", slow, run, metric.name, 0, math.inf) for value, run in others]  # fmt: skip
     yield "τ is not monotone for SGP with SlowMo", list(turns(data, runs, metric))
     yield f"larger τ than 12 hurts {'Local Adam' if text else 'Local SGD'} with SlowMo", [
         paired("τ = 48 over 12", varied(local, "tau", 48), varied(local, "tau", 12), metric.name, -math.inf, 0)]  # fmt: skip
-    longest = max((default(slow, "tau"), *(int(run.rpartition("=")[2]) for _, run in sweep(data, "tau") if run.startswith(f"{slow},"))))
+    longest, run = sweep(data, "tau")[-1]
     yield f"τ = {longest} still beats SGP alone", [
-        paired(f"τ = {longest} over SGP", varied(slow, "tau", longest), name("sgp"), metric.name, 0, math.inf)]  # fmt: skip
+        paired(f"τ = {longest} over SGP", run, name("sgp"), metric.name, 0, math.inf)]  # fmt: skip
     reduce, little = name("ar_adam" if text else "ar_sgd"), 0.2 if text else margin
     yield f"AllReduce gains nothing from SlowMo (no more than {little:g})", [
         paired("β = 0.4", f"{reduce},outer=slowmo,outer.beta=0.4", reduce, metric.name, -math.inf, little)]  # fmt: skip
 
 
-def sweep(data: str, key: str):
-    """(label, run) of a sweep's rows."""
-    return [(label, run) for table in layout(data) if table.key == key for label, run, _ in table.rows]
-
-
 def turns(data: str, runs: Runs, metric):
     """Not monotone: among the τ some larger one is better than a smaller, and some larger one worse. Two parts, each the clearest pair."""
     slow = f"{data}_slowmo_sgp"
-    values = sorted({default(slow, "tau"), *(int(run.rpartition("=")[2]) for _, run in sweep(data, "tau") if run.startswith(f"{slow},"))})
-    pairs = list(itertools.combinations(values, 2))
+    pairs = list(itertools.combinations(sweep(data, "tau"), 2))
     for word, sign in (("better", 1), ("worse", -1)):
         best = None
-        for low, high in pairs:
-            changes = sign * change(runs, varied(slow, "tau", high), varied(slow, "tau", low), metric.name)
+        for (low, less), (high, more) in pairs:
+            changes = sign * change(runs, more, less, metric.name)
             # clearest: furthest from zero in units of its interval, which many pairs make wider (Bonferroni)
             half = interval(changes, 1 - 0.05 / len(pairs))
             score = changes.mean() / half if half else -math.inf

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from results.collect import CURVES
-from results.tables import ACCURACY, LABELS, NLL, SMALL, TITLES, TRANSLATION, VISION, Runs, interval, layout, published
+from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, Runs, interval, published, sweep, table1
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 MARKERS = "osD^v"
@@ -63,17 +63,13 @@ def main(path: Path, out: Path) -> None:
     print(f"wrote {out / 'figures'}: {', '.join(made) or 'nothing, no runs'}")
 
 
-def cells(data: str) -> tuple[str, ...]:
-    return TRANSLATION if data in ("wmt16", "ende") else VISION
-
-
 def measure(data: str):
     """What the vertical axis shows."""
-    return NLL[True][0] if data in ("wmt16", "ende") else ACCURACY
+    return NLL[True][0] if data in TEXT else ACCURACY
 
 
 def styled(cell: str, data: str) -> dict:
-    bases = [name for name in cells(data) if not name.startswith("slowmo_")]
+    bases = [name for name in table1(data) if not name.startswith("slowmo_")]
     k = bases.index(cell.removeprefix("slowmo_"))
     slow = cell.startswith("slowmo_")
     return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "", "label": LABELS[cell]}
@@ -83,7 +79,7 @@ def fig2(data: str, runs: Runs, curves: Curves):
     """Validation against epochs, each base with and without SlowMo; the band is the least and largest of a worker's own model."""
     metric = measure(data)
     name = metric.name.removesuffix("_best")
-    pairs = [(base, f"slowmo_{base}") for base in cells(data) if f"slowmo_{base}" in cells(data)]
+    pairs = [(base, f"slowmo_{base}") for base in table1(data) if f"slowmo_{base}" in table1(data)]
     pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
     if not pairs:
         return None
@@ -107,7 +103,7 @@ def wallclock(data: str, runs: Runs, curves: Curves):
     """Validation against seconds, all cells."""
     metric, drawn = measure(data), set()
     figure, axis = plt.subplots()
-    for cell in cells(data):
+    for cell in table1(data):
         found = curves.of(f"{data}_{cell}")
         if found.empty:
             continue
@@ -128,7 +124,7 @@ def clock(data: str, cell: str, found: pd.DataFrame):
     if data not in SMALL and (found["processes"] > 1).all():
         return found["seconds"], "measured"
     # CIFAR-10 has no column in Table 2: ImageNet's stands in
-    like = "wmt16" if data in ("wmt16", "ende") else "imagenet"
+    like = "wmt16" if data in TEXT else "imagenet"
     pace = published(f"{like}_{cell}", "milliseconds")
     task = {"wmt16": "WMT16", "imagenet": "ImageNet"}[like]
     return (None, "") if pace is None else (found.index.to_numpy() * pace / 1000, f"modelled: iterations at the paper's pace on {task}")
@@ -136,14 +132,12 @@ def clock(data: str, cell: str, found: pd.DataFrame):
 
 def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
     """A sweep's metric against its value, SGP alone as a level."""
-    metric = ACCURACY if data not in ("wmt16", "ende") else NLL[True][0]
-    table = next((table for table in layout(data) if table.key == key), None)
+    metric = measure(data)
     points, base = [], runs.values(f"{data}_sgp", metric.name)
-    for label, run, _ in table.rows:
-        if f"{sign} = " in label and label.startswith("SGP + SlowMo"):
-            values = runs.values(run, metric.name)
-            if len(values):
-                points.append((float(label.rpartition(" = ")[2]), values.mean(), interval(values)))
+    for value, run in sweep(data, key):
+        values = runs.values(run, metric.name)
+        if len(values):
+            points.append((value, values.mean(), interval(values)))
     if len(points) < 2:
         return None
     figure, axis = plt.subplots()

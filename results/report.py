@@ -72,7 +72,7 @@ def plots(runs: Runs, curves) -> str:
     out = []
     for data in TITLES:
         lines = []
-        for cell in figures.cells(data):
+        for cell in tables.table1(data):
             found = curves.of(f"{data}_{cell}")
             if found.empty:
                 continue

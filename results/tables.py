@@ -19,6 +19,7 @@ from results.collect import COLUMNS, write
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 SMALL = {"photos": "cifar10", "scripts": "imagenet", "ende": "wmt16"}  # stand-in -> the data it stands for
+TEXT = ("wmt16", "ende")  # translations; the others are pictures
 TITLES = {
     "cifar10": "CIFAR-10, ResNet-18", "imagenet": "ImageNet, ResNet-50", "wmt16": "WMT16 En-De, transformer (big)",
     "photos": "photo patches, ResNet-8 (CIFAR-10 in small)", "scripts": "writing systems, small ResNet (ImageNet in small)",
@@ -59,16 +60,12 @@ NOTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A column: its name in runs.csv, its title, digits shown, and whether more is better (None: neither)."""
+    """A column: its name in runs.csv, its title, digits shown, and whether more is better."""
 
     name: str
     title: str
     digits: int
-    more: bool | None = True
-
-    @property
-    def scale(self):
-        return 1000 if self.name == "milliseconds" else 1
+    more: bool = True
 
 
 LOSS, ACCURACY = Metric("train_loss_best", "training loss, best", 3, False), Metric("accuracy_best", "accuracy, best", 2)
@@ -96,8 +93,7 @@ class Table:
 @functools.cache
 def layout(data: str) -> tuple[Table, ...]:
     """Every table of one data set."""
-    text = data in ("wmt16", "ende")
-    cells = TRANSLATION if text else VISION
+    text, cells = data in TEXT, table1(data)
     names = tuple(cell for cell in LABELS if (CONFIGS / f"experiment/{data}_{cell}.yaml").exists())
     reference = {f"slowmo_{cell}": cell for cell in cells} | {"sgp_noaverage": "slowmo_sgp"}
     reference |= {name: name.replace("double_averaging", "slowmo") for name in names if name.startswith("double")}
@@ -121,11 +117,9 @@ def layout(data: str) -> tuple[Table, ...]:
               for c in (base, f"slowmo_{base}", f"double_averaging_{base}") if f"double_averaging_{base}" in names), more, few),
     ]  # fmt: skip
     slow = f"{data}_slowmo_sgp"
-    for key, values in SWEEPS.items():
+    for key in SWEEPS:
         first = f"{data}_sgp" if key == "tau" else slow
-        values += (192,) * (text and key == "tau")  # the paper's longest for translation
-        values = sorted({*values, default(slow, key)}, key=str if key == "buffers" else float)
-        rows = [(f"SGP + SlowMo, {SIGNS[key]} = {value}", varied(slow, key, value), first) for value in values]
+        rows = [(f"SGP + SlowMo, {SIGNS[key]} = {value}", run, first) for value, run in sweep(data, key)]
         rows = [(label, run, None if run == first else against) for label, run, against in rows]
         if key == "tau":
             other = f"{data}_slowmo_{local}"
@@ -143,6 +137,19 @@ def layout(data: str) -> tuple[Table, ...]:
                 for words, overrides in settings for cell, against in (("ar_sgd", None), ("sgp", "ar_sgd"))]  # fmt: skip
         made.append(Table("distance", data, "How far SGP is from AR-SGD", tuple(rows), more, 1))
     return tuple(table for table in made if table.rows)
+
+
+def table1(data: str) -> tuple[str, ...]:
+    """The cells of a data set's column of Table 1."""
+    return TRANSLATION if data in TEXT else VISION
+
+
+def sweep(data: str, key: str) -> list[tuple]:
+    """(value, run) of SGP with SlowMo as its `outer.<key>` varies, in order."""
+    slow = f"{data}_slowmo_sgp"
+    more = (192,) if data in TEXT and key == "tau" else ()  # the paper's longest for translation
+    values = sorted({*SWEEPS[key], *more, default(slow, key)}, key=str if key == "buffers" else float)
+    return [(value, varied(slow, key, value)) for value in values]
 
 
 @functools.cache
@@ -226,7 +233,7 @@ def change(runs: Runs, run: str, against: str, metric: str) -> pd.Series:
 
 @functools.cache
 def paper() -> tuple[pd.DataFrame, dict]:
-    """The published numbers, and the seeds behind them. ValueError for an entry without an experiment."""
+    """The published numbers, and the seeds behind them."""
     loaded = yaml.safe_load((HERE / "paper.yaml").read_text())
     return pd.DataFrame(loaded["numbers"]), loaded["seeds"]
 
@@ -305,7 +312,7 @@ def shown(table: Table, found: pd.DataFrame) -> pd.DataFrame:
         unit = "%" if metric is TIME else ""
         number = lambda value, sign="", digits=metric.digits: "" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
         ours = []
-        for k, cell in enumerate(part):
+        for cell in part:
             if cell["diverged"]:  # a mean over the seeds that survived would flatter
                 ours.append(f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}")
             elif not cell["n"]:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from results import tables  # noqa: E402
 from results.tables import SMALL, Runs, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
@@ -63,10 +64,10 @@ def main() -> int:
 
 def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> list[tuple[str, int]]:
     """(run, seed) of every cell, each once, seed after seed: what is stopped early has all cells with fewer seeds."""
-    tables = [table for name in data for table in layout(name) if any(table.key in TABLES[key] for key in what)]
-    if not tables:
+    chosen = [table for name in data for table in layout(name) if any(table.key in TABLES[key] for key in what)]
+    if not chosen:
         sys.exit("no such table for these data")
-    of_table = [(seed, run) for table in tables for seed in seeds or range(1, table.seeds + 1) for _, run, _ in table.rows]
+    of_table = [(seed, run) for table in chosen for seed in seeds or range(1, table.seeds + 1) for _, run, _ in table.rows]
     return [(run, seed) for seed, run in sorted(dict.fromkeys(of_table), key=lambda pair: pair[0])]
 
 
@@ -115,8 +116,7 @@ def promise(run: str) -> str:
 
 def command(job: tuple[str, int]) -> list[str]:
     run, seed = job
-    experiment, *overrides = run.split(",")
-    return ["run.py", f"experiment={experiment}", *overrides, f"seed={seed}"]
+    return tables.command(run, [seed]).split()[1:]
 
 
 def run_all(missing, options, extra) -> list:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
-from results.tables import TRANSLATION, VISION  # noqa: E402
+from results.tables import TEXT, table1  # noqa: E402
 
 TRIALS = ROOT / "results/trials.csv"
 RATES = {True: [0.001, 0.002, 0.004], False: [0.1, 0.3, 0.9]}
@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument("--launcher", default="here", help="launch=... of each grid; a cluster runs a grid as one job array")
     parser.add_argument("--jobs", type=int, default=2, help="grids at once")
     options = parser.parse_args()
-    text = options.data in ("ende", "wmt16")
+    text = options.data in TEXT
     tuner = Tuner(options, text)
-    bases = [cell for cell in (TRANSLATION if text else VISION) if not cell.startswith("slowmo_")]
+    bases = [cell for cell in table1(options.data) if not cell.startswith("slowmo_")]
     with ThreadPoolExecutor(options.jobs) as pool:
         for base, told in zip(bases, pool.map(tuner.base, bases)):
             print(f"{base}: {told}", flush=True)

@@ -8,6 +8,8 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from slowmo.replicas import _trained
+
 # forward FLOPs of a worker's batch below which one batched computation beat the loop on a CPU; on GPUs not tried
 LIMIT = 64e6
 
@@ -19,9 +21,9 @@ class Together:
         self.replicas, (n, d) = replicas, replicas.rows.shape
         self.model = torch.nn.Module()
         self.model.inner = replicas.models[0]
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad and p.numel()]
+        names = [name for name, p in self.model.named_parameters() if _trained(p)]
         self.parameters, self.gradients, self.buffers = {}, [], {}
-        for name, (_, x, g, offset) in zip(names, replicas._entries):
+        for name, (_, x, _, offset) in zip(names, replicas._entries):
             leaf, gradient = (t.as_strided((n, *x.shape), (d, *x.stride()), offset) for t in (replicas.rows.detach(), replicas.rows.grad))
             self.parameters[name] = leaf.requires_grad_()
             self.gradients.append(gradient)
@@ -73,7 +75,7 @@ def where_it_pays(replicas, loss, draw) -> Together | None:
         expected = loss(probe, batch)
     if counter.get_total_flops() > LIMIT:
         return None
-    trained = [p for p in probe.parameters() if p.requires_grad and p.numel()]
+    trained = [p for p in probe.parameters() if _trained(p)]
     gradients = torch.autograd.grad(expected, trained, materialize_grads=True)
     grad, buffers = rows.grad.clone(), replicas.buffers()
     rows.grad.zero_()

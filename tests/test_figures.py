@@ -64,7 +64,7 @@ def test_measured_seconds_of_a_cluster(tmp_path):
 
 def test_base_and_slowmo_differ_without_colour():
     for data in tables.TITLES:
-        cells = figures.cells(data)
+        cells = tables.table1(data)
         styles = {cell: figures.styled(cell, data) for cell in cells}
         looks = [(style["linestyle"], style["marker"]) for cell, style in styles.items() if cell.startswith("slowmo_")]
         assert len(set(looks)) == len(looks)
