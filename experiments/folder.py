@@ -99,7 +99,7 @@ class Book:
 
     def __init__(self, path: Path, cfg: DictConfig, cluster):
         self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
-        self.commit = _commit()  # of the code that runs, whatever is checked out by the end
+        self.commit = commit()  # of the code that runs, whatever is checked out by the end
 
     def open(self, step: int) -> None:
         """Take up the run at `step`: rows of evaluations that the checkpoint does not know are dropped, they will come again."""
@@ -193,7 +193,7 @@ def _best(rows: list[dict]) -> dict:
     return best
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The repository's commit, with `+` when tracked files differ from it; None outside a repository."""
     root = Path(__file__).parent.parent
     try:

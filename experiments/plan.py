@@ -143,9 +143,7 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
             raise ValueError(f"the learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
     messages, lengths = algorithm.sends()
     size, d = replicas.rows.element_size(), replicas.rows.shape[1]
-    graph = getattr(getattr(algorithm, "base", algorithm), "graph", None)
-    inboxes = max(len(graph(step)) - 1 for step in range(graph.cycle)) if graph else 0
-    inboxes *= 1 + len(names) * getattr(getattr(algorithm, "base", algorithm), "gossip_buffers", False)
+    inboxes = getattr(algorithm, "base", algorithm).inboxes()
     globals_ = 0 if algorithm.u is None else 2 * len(algorithm.u)
     where = f"{rows} a process" if node == 1 else f"a worker is {node} processes"
     experiment = HydraConfig.get().runtime.choices.get("experiment")

@@ -8,8 +8,8 @@ The contract, four verbs over rows `[n, d]`:
     restart(x, buffers)  continue from x; the optimizer's buffers: reset | maintain | average
 
 Between steps rows hold the de-biased z = x / w, which is what models see, and no message is in flight. The optimizer turns
-(gradient at z, z) into the update γd, so weight decay is taken at z. Memory beyond rows, gradients and optimizer state: one
-block `[n, d]` a message for the gossip algorithms, `[1, d]` at an average.
+(gradient at z, z) into the update γd, so weight decay is taken at z. Memory beyond rows, gradients and optimizer state: `inboxes()`
+blocks `[n, d]` for the gossip algorithms, `[1, d]` at an average.
 """
 
 import torch
@@ -102,13 +102,17 @@ class LocalSGD:
         """What a worker sends an iteration, on average: (messages, numbers in units of d)."""
         return 0.0, 0.0
 
+    def inboxes(self) -> int:
+        """Blocks `[n, d]` that arrivals take, beside rows and gradients."""
+        return 0
+
     def optimizer_rows(self) -> dict[str, torch.Tensor]:
         """The optimizer's state blocks `[n, d]` by name (momentum_buffer, exp_avg, ...)."""
         state = self.optimizer.state.get(self.rows, {})
         return {name: value for name, value in state.items() if _is_rows(value, self.rows)}
 
     def _descend(self, lr: float | None) -> None:
-        """rows <- rows - γd, in place."""
+        """rows <- rows - γd, in place. The gradients are spent."""
         self.replicas.collect()
         if self.buckets:
             self.buckets.finish()
@@ -117,9 +121,9 @@ class LocalSGD:
         if self.replicas.loss_scale != 1:
             self.rows.grad.div_(self.replicas.loss_scale)
         self.optimizer.step()
-        self.rows.grad.zero_()
 
     def _done(self) -> None:
+        self.rows.grad.zero_()
         self.replicas.publish()
         self.steps += 1
 
@@ -142,20 +146,25 @@ class SGP(LocalSGD):
 
     graph: `step -> {hop: share}`, see topology.py; default the one-peer exponential. gossip_buffers: the optimizer's blocks take
     part in every round, as in double-averaging (Yu et al. 2019). Neighbours exchange z with their weight and the receiver forms
-    z_i <- Σ_j P_ij w_j z_j / w_i: nothing is scaled before it is sent, so there is no send buffer. On a graph that is not regular
-    `step` and `average` take one more temporary `[n, d]`.
+    z_i <- Σ_j P_ij w_j z_j / w_i: nothing is scaled before it is sent, so there is no send buffer; the spent gradients' block takes the
+    first arrivals. On a graph that is not regular `step` and `average` take one more temporary `[n, d]`.
+
+    messages: `bfloat16` or `float16` rounds what workers send each other in a round (weights and exact averages stay as they are), half of the
+    bytes, and takes a temporary of the rows' size; null: the rows' dtype.
     """
 
-    def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False):
+    def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False, messages: str | None = None):
         super().__init__(replicas, optimizer)
         graph = graph or Exponential(self.cluster.size)
         if graph.size != self.cluster.size:
             raise ValueError(f"a graph of {graph.size} workers for a cluster of {self.cluster.size}: build it with the cluster's size")
-        self.graph, self.gossip_buffers = graph, gossip_buffers
+        if messages not in (None, "bfloat16", "float16"):
+            raise ValueError(f"messages={messages!r}: choose bfloat16, float16, or null for the rows' own dtype")
+        self.graph, self.gossip_buffers, self.messages = graph, gossip_buffers, messages and getattr(torch, messages)
         self.w = torch.ones(len(self.rows), 1, dtype=self.rows.dtype, device=self.rows.device)
         # shares that are plain numbers: all workers receive what they give, and w is 1 between steps
         self.regular = not any(isinstance(share, tuple) for step in range(graph.cycle) for share in graph(step).values())
-        self._messages = {}
+        self._inboxes = {}
 
     @torch.no_grad()
     def step(self, lr: float | None = None) -> None:
@@ -164,7 +173,7 @@ class SGP(LocalSGD):
         if surplus is not None:  # (w z - γd) / w, of z - γd
             self.rows.div_(self.w).add_(surplus)
         blocks = {"z": self.rows, **(self.optimizer_rows() if self.gossip_buffers else {})}
-        rounds = {name: self._send(block, name) for name, block in blocks.items()}
+        rounds = {name: self._send(block, name, self.rows.grad if name == "z" else None) for name, block in blocks.items()}
         shares, w = self._weights()
         for name, block in blocks.items():
             arrivals = rounds[name]()
@@ -197,17 +206,33 @@ class SGP(LocalSGD):
 
     def sends(self):
         cycle = [len(self.graph(step)) - 1 for step in range(self.graph.cycle)]
-        messages = sum(cycle) / len(cycle)
-        blocks = 1 + (len(self.optimizer_rows()) if self.gossip_buffers else 0)
-        return messages * blocks, messages * blocks
+        messages = sum(cycle) / len(cycle) * self._gossiped()
+        return messages, messages * (self.messages.itemsize / self.rows.element_size() if self.messages else 1)
 
-    def _send(self, block: torch.Tensor, name: str):
-        """Start sending `block` along this step's hops; the result waits and gives the arrivals, a block `[n, d]` a hop."""
+    def inboxes(self):
+        return max(0, self._arriving() - 1)
+
+    def _arriving(self) -> int:
+        """The most blocks that arrive in a step."""
+        return max(len(self.graph(step)) - 1 for step in range(self.graph.cycle)) * self._gossiped()
+
+    def _gossiped(self) -> int:
+        return 1 + (len(self.optimizer_rows()) if self.gossip_buffers else 0)
+
+    def _send(self, block: torch.Tensor, name: str, spent: torch.Tensor | None = None):
+        """Start sending `block` along this step's hops; the result waits and gives the arrivals, a block `[n, d]` a hop.
+
+        spent: a block that may take the first of them.
+        """
         receivers = []
         for k, hop in enumerate(hop for hop in self.graph(self.steps) if hop):
-            if (name, k) not in self._messages:
-                self._messages[name, k] = torch.empty_like(block, requires_grad=False)
-            receivers.append(self.cluster.shift(block.detach(), hop, self._messages[name, k]))
+            if k or spent is None:
+                if (name, k) not in self._inboxes:
+                    self._inboxes[name, k] = torch.empty_like(block, requires_grad=False)
+                inbox = self._inboxes[name, k]
+            else:
+                inbox = spent
+            receivers.append(self.cluster.shift(block.detach(), hop, inbox, self.messages))
         return lambda: [receive() for receive in receivers]
 
     def _weights(self):
@@ -238,8 +263,8 @@ class OSGP(SGP):
     steps, so nothing is drained and nothing more is saved.
     """
 
-    def __init__(self, replicas, optimizer, graph=None):
-        super().__init__(replicas, optimizer, graph)
+    def __init__(self, replicas, optimizer, graph=None, messages: str | None = None):
+        super().__init__(replicas, optimizer, graph, messages=messages)
         self._arrivals = None
 
     def start(self) -> None:
@@ -265,6 +290,9 @@ class OSGP(SGP):
         self.w = w
         self._done()
 
+    def inboxes(self):
+        return self._arriving()  # gradients are formed while messages travel: their block is not free
+
     def load(self, rows, shared):
         if self._arrivals is not None:  # a message of the run that is left behind
             self._arrivals()
@@ -282,11 +310,11 @@ class DPSGD(OSGP):
     graph: default the ring. Raises ValueError for one that is not symmetric.
     """
 
-    def __init__(self, replicas, optimizer, graph=None):
+    def __init__(self, replicas, optimizer, graph=None, messages: str | None = None):
         graph = graph or Ring(replicas.cluster.size)
         if not all(is_symmetric(graph, step) for step in range(graph.cycle)):
             raise ValueError(f"D-PSGD needs symmetric mixing, {type(graph).__name__} is not: choose base/graph=ring or complete")
-        super().__init__(replicas, optimizer, graph)
+        super().__init__(replicas, optimizer, graph, messages)
 
 
 class Buckets:
@@ -299,7 +327,7 @@ class Buckets:
 
     def __init__(self, replicas, inside: bool, megabytes: float = 25.0):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
-        full, bucket_of, slices = 2**20, {}, []  # DDP's sizes: a small first bucket, so that the wire is busy early
+        full, bucket_of, slices = megabytes * 2**20 / 25, {}, []  # as DDP: a small first bucket, so that the wire is busy early
         start = stop = replicas.parameters
         for offset, numel in reversed(replicas.slices()):
             start, bucket_of[offset] = offset, len(slices)

@@ -96,11 +96,15 @@ class Cluster:
             self._share(total)
         return total.div_(self.size)
 
-    def shift(self, rows: torch.Tensor, hop: int, out: torch.Tensor):
+    def shift(self, rows: torch.Tensor, hop: int, out: torch.Tensor, dtype: torch.dtype | None = None):
         """Start sending worker i's row to worker i + hop (mod m). Returns `receive()`, which waits and gives the arrivals `[n, d]`.
 
-        `out` `[n, d]` takes the arrivals. Neither `rows` may change nor `out` be read before `receive()` has returned.
+        `out` `[n, d]` takes the arrivals. Neither `rows` may change nor `out` be read before `receive()` has returned. dtype: what is
+        sent is rounded to it, wherever the receiver lives, so that every folding gives the same arrivals.
         """
+        if dtype not in (None, rows.dtype):
+            arrive = self.shift(rows.to(dtype), hop, torch.empty_like(out, dtype=dtype))
+            return lambda: out.copy_(arrive())
         n = len(self.ranks)
         processes = self.processes // self.node
         # rows [0, n - r) go to the process q further on, where they are rows [r, n); the last r rows to the one after it

@@ -227,12 +227,12 @@ def test_buffers_that_do_not_exist_are_not_sent(words, messages, tmp_path):
 
 
 def test_the_plan_of_several_processes_and_of_one_worker(tmp_path):
-    """One process prints; memory: rows, gradients, the optimizer's block, a message, then x0 and u."""
+    """One process prints; memory: rows, gradients, the optimizer's block, then x0 and u; messages arrive in the gradients."""
     words = ("task=quadratic", "workers=4", "steps=9", "base=sgp", "outer.tau=3", "optimizer.momentum=0.9", "dry_run=true")
     done = command(*words, cwd=tmp_path, processes=2)
     assert done.codes == [0, 0] and done.out.count("iterations") == 1 and done.fact("slow steps") == "3"
     assert done.fact("title").startswith("m = 4, processes = 2 (2 a process), steps = 9")
-    assert done.fact("memory of rows, gradients, optimizer, messages (bytes a process)") == f"{(2 * 4 + 2) * 16 * 4}"
+    assert done.fact("memory of rows, gradients, optimizer, messages (bytes a process)") == f"{(2 * 3 + 2) * 16 * 4}"
     done = command(*words, "workers=1", cwd=tmp_path)
     assert done.fact("messages a worker sends an iteration") == "0" and done.fact("bytes a worker sends an iteration") == "0"
     assert not (tmp_path / "runs").exists()

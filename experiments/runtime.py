@@ -1,0 +1,188 @@
+"""Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; results/runtime.csv takes the lines.
+
+Every row is an experiment's own base and outer over rows of the emulated size, one worker a process, over gloo. What a step computes is
+the experiment's model, or a wait as long: then forward takes a third of it, and backward gives gradients, last layer first, evenly over
+the rest, so that whatever overlaps can. A round times `iterations` in a row, each process by its own clock, and nothing but the
+algorithm synchronises them; rows take turns. `compute` is a step that sends nothing. AllReduce averages gradients during backward;
+`ar_sgd_after` and `ar_adam_after` do it when backward is over.
+"""
+
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+import slowmo
+from experiments import folder, network, plan
+from results import runtime
+from results.collect import write
+from slowmo.base import Buckets
+
+
+class Waiting(torch.nn.Module):
+    """`parameters` numbers in equal layers whose forward and backward wait for `seconds` altogether; loss(): one forward's."""
+
+    def __init__(self, parameters: int, seconds: float, layers: int = 32):
+        super().__init__()
+        sizes = [parameters // layers] * (layers - 1)
+        sizes.append(parameters - sum(sizes))
+        self.layers = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(size)) for size in sizes)
+        self.seconds, self.backward_since = seconds, 0.0
+
+    def forward(self) -> torch.Tensor:
+        until = time.perf_counter() + self.seconds / 3
+        x = torch.zeros(1)
+        for k, layer in enumerate(self.layers):
+            x = _Wait.apply(x, layer, self, k)
+        sleep(until)
+        self.backward_since = until
+        return x.sum()
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, layer, model, k):
+        context.model, context.k, context.size = model, k, layer.numel()
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        model = context.model
+        done = 1 - context.k / len(model.layers)
+        sleep(model.backward_since + done * 2 / 3 * model.seconds)
+        return gradient, torch.zeros(1).expand(context.size), None, None
+
+
+def sleep(until: float) -> None:
+    """To a moment, not for a time: what a loaded machine loses in one wait it makes good in the next."""
+    time.sleep(max(0.0, until - time.perf_counter()))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="runtime")
+def main(cfg: DictConfig) -> None:
+    try:
+        check(cfg.runtime)
+        if cfg.runtime.network == "emulated":
+            command = [sys.executable, "-m", "experiments.runtime", *HydraConfig.get().overrides.task, "runtime.network=up"]
+            code = network.inside(cfg.runtime.hosts, cfg.runtime.rate, cfg.runtime.delay, command)
+            if code:
+                sys.exit(code)
+            return
+        lines = network.spawn(lambda: measure(cfg.runtime), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node)
+        out = Path(cfg.out)
+        before = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=runtime.MEASURED)
+        lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[runtime.MEASURED]
+        keep = before[~before[runtime.NETWORK].eq(lines[runtime.NETWORK].iloc[0]).all(axis=1)]
+        write(out, pd.concat([part for part in (keep, lines) if len(part)], ignore_index=True).to_csv(index=False))
+        print(runtime.beside(lines))
+        print(f"wrote {out}; python -m results runtime puts it beside the paper and the model")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def machine() -> str:
+    """Where a number comes from."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+
+
+def check(given: DictConfig) -> None:
+    """ValueError, with the remedy."""
+    for name in ("hosts", "node", "iterations", "rounds"):
+        if not isinstance(given[name], int) or given[name] < 1:
+            raise ValueError(f"runtime.{name}={given[name]}: a whole number >= 1")
+    if given.network not in network.NETWORKS:
+        raise ValueError(f"runtime.network={given.network}: choose one of {', '.join(network.NETWORKS)}")
+    if given.compute != "task" and not (isinstance(given.compute, float) and 0 < given.compute < math.inf):
+        raise ValueError(f"runtime.compute={given.compute}: seconds, or `task` for the experiment's own model")
+    for row in given.rows:
+        tau = experiment(given, row).outer.get("tau")
+        if tau and given.iterations % tau:
+            raise ValueError(f"runtime.iterations={given.iterations}: {row} averages every {tau}, choose a multiple")
+
+
+def experiment(given: DictConfig, row: str) -> DictConfig:
+    """The config of a row. ValueError where there is none."""
+    name = f"{given.data}_{row.removesuffix('_after')}"
+    try:
+        return hydra.compose("config", [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.get("overrides", [])])
+    except hydra.errors.MissingConfigException:
+        raise ValueError(f"no experiment {name}: see configs/experiment") from None
+
+
+def measure(given: DictConfig) -> list[dict]:
+    """In each process: every row in turn. Returns a line a row, seconds over rounds of the mean over processes."""
+    torch.set_num_threads(1)
+    cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
+    rows = {row: build(given, row, cluster) for row in ("compute", *given.rows)}
+    times, begun = {row: [] for row in rows}, time.monotonic()
+    for round_ in range(given.rounds):
+        for k, (row, (algorithm, compute)) in enumerate(rows.items()):
+            mine = timed(algorithm, compute, cluster, given.warmup, given.iterations, early=not row.endswith("_after"))
+            times[row].append(statistics.mean(cluster.gather(mine)))
+            if cluster.leader:
+                done = (round_ * len(rows) + k + 1) / (given.rounds * len(rows))
+                left = (time.monotonic() - begun) * (1 / done - 1)
+                print(
+                    f"round {round_ + 1}/{given.rounds} {row:28}{1e3 * times[row][-1]:8.1f} ms an iteration, {left / 60:.1f} minutes left",
+                    flush=True,
+                )
+    facts = {name: given[name] for name in ("data", "hosts", "node", "rate", "delay")}
+    facts |= {
+        "network": "loopback" if given.network == "loopback" else "emulated",
+        "bytes": rows["compute"][0].rows.numel() * 4,
+        "emulated": given.compute != "task",
+    }
+    return [facts | {"row": row, **quartiles([1e3 * value for value in values])} for row, values in times.items()]
+
+
+def quartiles(values: list[float]) -> dict:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"milliseconds": round(middle, 3), "low": round(low, 3), "high": round(high, 3), "rounds": len(values)}
+
+
+def build(given: DictConfig, row: str, cluster: slowmo.Cluster):
+    """(algorithm, what a step computes) of a row; `compute` is the first row's optimizer alone."""
+    cfg = experiment(given, given.rows[0] if row == "compute" else row)
+    if given.compute == "task":
+        task = plan.build(cfg.task)
+        model = task.model()
+        batch = next(iter(task.batches(0, cluster.ranks, (cluster.lane, cluster.node))))
+        compute, megabytes = (lambda: task.loss(model, batch).backward()), 25.0
+    else:
+        parameters = runtime.TASKS[given.data].parameters / given.scale
+        model, megabytes = Waiting(round(parameters), given.compute), 25.0 / given.scale
+        compute = lambda: model().backward()
+    replicas = slowmo.Replicas(model, cluster)
+    optimizer = plan.build(cfg.optimizer, [replicas.rows])
+    if row == "compute":
+        return slowmo.LocalSGD(replicas, optimizer), compute
+    algorithm = plan.build(cfg.base, replicas, optimizer)
+    if algorithm.buckets:  # as many buckets as at full size
+        algorithm.buckets = Buckets(replicas, algorithm.buckets.inside, megabytes)
+    return (plan.build(cfg.outer, algorithm) if cfg.outer.get("_target_") else algorithm), compute
+
+
+def timed(algorithm, compute, cluster, warmup: int, iterations: int, early: bool = True) -> float:
+    """Seconds an iteration on this process. early: gradients may be averaged during backward."""
+    cluster.barrier()
+    for k in range(warmup + iterations):
+        if k == warmup:
+            start = time.perf_counter()
+        if early:
+            algorithm.start()
+        compute()
+        algorithm.step(0.1)
+    return (time.perf_counter() - start) / iterations
+
+
+if __name__ == "__main__":
+    main()

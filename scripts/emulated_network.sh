@@ -1,0 +1,106 @@
+#!/bin/bash
+# Hosts with shaped links on this one machine, to time communication on real sockets. Root, Linux; Debian: apt install iproute2
+#
+#     scripts/emulated_network.sh up --hosts 8 --rate 1gbit [--delay 0.1ms]       until `down`
+#     scripts/emulated_network.sh down
+#     scripts/emulated_network.sh with --hosts 8 --rate 1gbit [--delay 0.1ms] -- COMMAND...
+#
+# Host i is the network namespace slowmo<i>, its device eth0, its address 10.77.0.<i>; `ip netns exec slowmo1 COMMAND` runs there. All
+# hang on one switch, a bridge in slowmosw. A link is full duplex: tbf shapes what a host sends on its own device and what it
+# receives on the switch's port. --delay: one way from host to host; delay_wire.c makes it (not every kernel has netem), which takes cc.
+# `with` works in namespaces of its own, which the kernel takes away when COMMAND ends, however it ends: two of them never meet.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+wire=/run/slowmo_network.pid # of the delay's process
+fail() { echo "emulated_network: $*" >&2; exit 2; }
+usage="usage: scripts/emulated_network.sh up|with --hosts M --rate 1gbit [--delay 0.1ms] [-- COMMAND...] | down"
+
+down() {
+    if [ -s $wire ]; then kill "$(cat $wire)" 2>/dev/null || true; fi
+    rm -f $wire
+    for space in $(ip netns list | awk '$1 ~ /^slowmo([0-9]+|sw)$/ {print $1}'); do ip netns del "$space"; done
+}
+
+up() {
+    ! ip netns list | grep -q '^slowmosw\b' || fail "a network is up already: scripts/emulated_network.sh down"
+    trap 'down; fail "could not bring the network up, and took away what there was"' ERR
+    trap 'down; exit 130' INT TERM
+    ip netns add slowmosw
+    ip -n slowmosw link set lo up
+    ip -n slowmosw link add switch type bridge
+    ip -n slowmosw link set switch up
+    for i in $(seq 1 "$hosts"); do
+        ip netns add "slowmo$i"
+        ip -n "slowmo$i" link set lo up
+    done
+    if [ "$microseconds" = 0 ]; then
+        for i in $(seq 1 "$hosts"); do ip link add eth0 netns "slowmo$i" type veth peer name "port$i" netns slowmosw; done
+    else
+        local build wires=()
+        build=$(mktemp -d)
+        cc -O2 -o "$build/delay_wire" "$here/delay_wire.c"
+        for i in $(seq 1 "$hosts"); do wires+=("slowmo$i" eth0 slowmosw "port$i"); done
+        # two wires lie between two hosts; a real-time priority keeps the delay to the microseconds
+        setsid "$build/delay_wire" $((microseconds / 2)) "${wires[@]}" >"$build/ready" 2>&1 </dev/null &
+        echo $! >$wire
+        chrt -f -p 10 $! 2>/dev/null || true
+        for _ in $(seq 1 100); do [ -s "$build/ready" ] && break || sleep 0.05; done
+        grep -q ready "$build/ready" || { cat "$build/ready" >&2; false; }
+        rm -r "$build"
+    fi
+    for i in $(seq 1 "$hosts"); do
+        ip -n "slowmo$i" addr add "10.77.0.$i/24" dev eth0
+        ip -n "slowmo$i" link set eth0 up txqueuelen 1000
+        # by route: a namespace may not choose a congestion control otherwise
+        ip -n "slowmo$i" route change 10.77.0.0/24 dev eth0 proto kernel scope link src "10.77.0.$i" congctl reno
+        ip -n slowmosw link set "port$i" master switch up
+        # a burst smaller than a timer tick's bytes, or than one segment of 64 KB, would slow large rates down
+        tc -n "slowmo$i" qdisc add dev eth0 root tbf rate "$rate" burst 128kb limit 1mb
+        tc -n slowmosw qdisc add dev "port$i" root tbf rate "$rate" burst 128kb limit 1mb
+    done
+    trap - ERR INT TERM
+}
+
+[ $# -ge 1 ] || fail "$usage"
+verb=$1
+shift
+hosts= rate= delay=0ms
+while [ $# -gt 0 ]; do
+    case $1 in
+    --hosts) hosts=${2-} ;;
+    --rate) rate=${2-} ;;
+    --delay) delay=${2-} ;;
+    --) break ;;
+    *) fail "unknown word $1; $usage" ;;
+    esac
+    shift $(($# > 1 ? 2 : 1))
+done
+[ "$(id -u)" = 0 ] || fail "namespaces want root"
+for tool in ip tc unshare; do command -v $tool >/dev/null || fail "$tool is missing. On Debian and Ubuntu: apt install iproute2 util-linux"; done
+if [ "$verb" = down ]; then
+    down
+    exit
+fi
+[ "$verb" = up ] || [ "$verb" = with ] || fail "$usage"
+[[ $hosts =~ ^[0-9]+$ ]] && [ "$hosts" -ge 2 ] && [ "$hosts" -le 250 ] || fail "--hosts $hosts: a whole number from 2 to 250"
+[[ $rate =~ ^[0-9.]+[kmg]bit$ ]] || fail "--rate $rate: a rate like 200mbit or 1gbit"
+[[ $delay =~ ^[0-9.]+(us|ms)$ ]] || fail "--delay $delay: a time like 0.1ms or 100us"
+microseconds=$(awk -v delay="$delay" 'BEGIN { printf "%d", delay ~ /ms/ ? delay * 1000 : delay }')
+if [ "$microseconds" != 0 ]; then
+    [ -c /dev/net/tun ] && command -v cc >/dev/null || fail "--delay wants a C compiler and /dev/net/tun. On Debian and Ubuntu: apt install gcc libc6-dev"
+fi
+if [ "$verb" = up ]; then
+    up
+    exit
+fi
+[ "${1-}" = -- ] && [ $# -gt 1 ] || fail "with what? $usage"
+shift
+export -f up down fail
+export here wire hosts rate microseconds
+mkdir -p /run/netns
+exec unshare --net --mount --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
+    mount -t tmpfs tmpfs /run/netns
+    ip link set lo up
+    wire=/run/netns/.wire # this network has its own
+    up
+    "$@"' with "$@"
