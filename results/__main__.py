@@ -1,10 +1,10 @@
-"""python -m results collect | tables | figures | claims | report | readme | all"""
+"""python -m results collect | tables | figures | runtime | claims | report | readme | all"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from results import claims, collect, figures, report, tables
+from results import claims, collect, figures, report, runtime, tables
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -16,6 +16,7 @@ def main() -> None:
         "collect": "run folders -> results/runs.csv, a line a run, and curves.csv",
         "tables": "the paper's tables and ours: results/tables.md, .tex, .csv",
         "figures": "the paper's figures from our runs: results/figures/*.pdf, *.png",
+        "runtime": "Table 2 and runtime.csv beside a model, and what other clusters would take: results/runtime.md",
         "claims": "the paper's claims and our verdicts: results/claims.csv; computes those that need no runs, a minute",
         "report": "all of it in one page for a browser: results/report.html",
         "readme": "the README's blocks",
@@ -24,6 +25,9 @@ def main() -> None:
     for name, text in about.items():
         one = commands.add_parser(name, help=text)
         one.add_argument("--out", type=Path, default=tables.HERE / "runs.csv", help="the list of runs; what is made lies beside it")
+        if name == "runtime":
+            one.add_argument("--nodes", type=_numbers(int), default=runtime.NODES, help="numbers of nodes, like 8,16,32")
+            one.add_argument("--rate", type=_numbers(float), default=runtime.RATES, help="of their links in Gbit/s, like 10,25")
         if name in ("collect", "all"):
             one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
     options = parser.parse_args()
@@ -37,12 +41,27 @@ def main() -> None:
             elif name == "readme":
                 collect.write(README, report.readme(README, tables.Runs(out)))
                 print(f"wrote {README}")
+            elif name == "runtime":
+                chosen = (options.nodes, options.rate) if options.command == name else ()
+                runtime.main(out.with_name("runtime.csv"), out.parent, *chosen)
+                figures.clusters(out.parent, *chosen)
             elif name == "claims":
                 claims.main(out, out.parent, again=options.command == "claims")
             else:
                 {"tables": tables, "figures": figures, "report": report}[name].main(out, out.parent)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _numbers(kind):
+    def read(text: str) -> tuple:
+        numbers = tuple(kind(word) for word in text.split(","))
+        if min(numbers) < 2 * (kind is int) or not all(number > 0 for number in numbers):
+            raise argparse.ArgumentTypeError(f"{text}: two nodes at least, rates above 0")
+        return numbers
+
+    read.__name__ = "list"
+    return read
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's figures from runs.csv and curves.csv: results/figures/NAME_DATA.pdf and .png.
 
 A base and SlowMo over it share a colour; SlowMo's line is full and has markers, the base's is dashed, so that grey is enough. Seconds are
-those that the runs took where they ran on a cluster; of runs in one process they are modelled from the paper's Table 2, and say so.
+those that the runs took where they ran on a cluster; of runs in one process they are modelled (runtime.py), and say so.
 """
 
 from pathlib import Path
@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from results import runtime
 from results.collect import CURVES
-from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, Runs, interval, published, sweep, table1
+from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, Runs, interval, sweep, table1
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 MARKERS = "osD^v"
@@ -52,15 +53,20 @@ def main(path: Path, out: Path) -> None:
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
-                for kind, facts in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-                    target = out / "figures" / f"{name}_{data}.{kind}"
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    aside = target.with_suffix(".partial")
-                    figure.savefig(aside, format=kind, metadata=facts)
-                    aside.replace(target)
-                plt.close(figure)
+                save(figure, out, f"{name}_{data}")
                 made.append(f"{name}_{data}")
     print(f"wrote {out / 'figures'}: {', '.join(made) or 'nothing, no runs'}")
+
+
+def save(figure, out: Path, name: str) -> None:
+    """As .pdf and .png into `out`/figures."""
+    for kind, facts in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        target = out / "figures" / f"{name}.{kind}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_suffix(".partial")
+        figure.savefig(aside, format=kind, metadata=facts)
+        aside.replace(target)
+    plt.close(figure)
 
 
 def measure(data: str):
@@ -108,9 +114,8 @@ def wallclock(data: str, runs: Runs, curves: Curves):
         if found.empty:
             continue
         seconds, how = clock(data, cell, found)
-        if seconds is not None:
-            drawn.add(how)
-            axis.plot(seconds, found[metric.name.removesuffix("_best")], **styled(cell, data))
+        drawn.add(how)
+        axis.plot(seconds, found[metric.name.removesuffix("_best")], **styled(cell, data))
     if not drawn:
         plt.close(figure)
         return None
@@ -123,11 +128,7 @@ def clock(data: str, cell: str, found: pd.DataFrame):
     """(seconds at each row, how they are known). A run in one process says nothing about a cluster: its seconds are modelled."""
     if data not in SMALL and (found["processes"] > 1).all():
         return found["seconds"], "measured"
-    # CIFAR-10 has no column in Table 2: ImageNet's stands in
-    like = "wmt16" if data in TEXT else "imagenet"
-    pace = published(f"{like}_{cell}", "milliseconds")
-    task = {"wmt16": "WMT16", "imagenet": "ImageNet"}[like]
-    return (None, "") if pace is None else (found.index.to_numpy() * pace / 1000, f"modelled: iterations at the paper's pace on {task}")
+    return found.index.to_numpy() * runtime.pace(data, cell), "modelled: iterations on the paper's cluster"
 
 
 def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
@@ -164,6 +165,23 @@ def alpha(data, runs, curves):
 
 def beta(data, runs, curves):
     return swept(data, runs, "beta", "β")
+
+
+def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
+    """Modelled iterations against the number of nodes, a panel a rate: `out`/figures/runtime_<data>."""
+    with plt.style.context(STYLE):
+        for data in runtime.TASKS:
+            found = runtime.elsewhere(data, nodes, rates)
+            figure, axes = plt.subplots(1, len(rates), sharey=True, figsize=(2.2 * len(rates) + 0.8, 3.0), squeeze=False)
+            for axis, rate in zip(axes[0], rates):
+                for k, (cell, part) in enumerate(found[found["rate"] == rate].groupby("cell", sort=False)):
+                    style = {"marker": MARKERS[k], "linestyle": "-" if cell.startswith("slowmo_") else "--", "label": LABELS[cell]}
+                    axis.plot(part["nodes"], part["milliseconds"], **style)
+                axis.set_xscale("log", base=2)
+                axis.set(xlabel="nodes", title=f"{rate:g} Gbit/s")
+            axes[0][0].set_ylabel("ms an iteration, modelled")
+            axes[0][0].legend()
+            save(titled(figure, data, ""), out, f"runtime_{data}")
 
 
 def titled(figure, data: str, note: str):

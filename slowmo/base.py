@@ -322,18 +322,22 @@ class Buckets:
 
     Gradients are slices of one row, so a bucket is a contiguous slice: nothing is copied (with n > 1 rows here, their sum `[1, d]` is
     formed and sent). Buckets are closed at parameter boundaries, from the end of the row, which backward reaches first, and go out
-    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up.
+    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up. The first is small,
+    so that the wire is busy early, and so is the last, which no computation hides.
     """
 
     def __init__(self, replicas, inside: bool, megabytes: float = 25.0):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
-        full, bucket_of, slices = megabytes * 2**20 / 25, {}, []  # as DDP: a small first bucket, so that the wire is busy early
-        start = stop = replicas.parameters
-        for offset, numel in reversed(replicas.slices()):
-            start, bucket_of[offset] = offset, len(slices)
-            if (stop - start) * replicas.rows.element_size() >= full or offset == 0:
-                slices.append((start, stop))
-                stop, full = start, megabytes * 2**20
+        size, offsets = replicas.rows.element_size(), [offset for offset, _ in replicas.slices()]
+        small, full = (share * megabytes * 2**20 / size for share in (1 / 25, 1))
+        last = next((offset for offset in offsets if offset >= small), replicas.parameters)  # where the last bucket ends
+        slices, stop, least = [], replicas.parameters, small
+        for offset in reversed(offsets):
+            if stop - offset >= least or offset in (0, last):
+                if offset < stop:
+                    slices.append((offset, stop))
+                stop, least = offset, full
+        bucket_of = {offset: next(k for k, (start, _) in enumerate(slices) if start <= offset) for offset in offsets}
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
         self._clear()
         if self.cluster.processes > 1:

@@ -395,7 +395,11 @@ def test_buckets_tile_the_row_from_its_end(megabytes):
     assert slices[0][1] == total and slices[-1][0] == 0
     assert all(later[1] == earlier[0] for earlier, later in itertools.pairwise(slices))
     assert {start for start, _ in slices} <= {offset for offset, _ in parameters}
-    assert (slices[0][1] - slices[0][0]) * 8 >= megabytes * 2**20 / 25  # the small first one
+    small = megabytes * 2**20 / 25 / 8  # numbers
+    assert slices[0][1] - slices[0][0] >= small or len(slices) == 2  # the first
+    reached = [offset for offset, _ in parameters if offset >= small]
+    assert slices[-1][1] == (reached[0] if reached else total)  # the last ends at the first boundary that makes it so large
+    assert all(stop - start >= 25 * small for start, stop in slices[1:-2])
 
 
 def overlapping():
