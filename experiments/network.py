@@ -14,7 +14,7 @@ NETWORKS = ("emulated", "up", "loopback")
 
 
 def inside(hosts: int, rate: str, delay: str, command: list[str]) -> int:
-    """Run `command` with a network of its own, which goes when it ends; the exit code. The script checks its words and says what is wrong."""
+    """Run `command` with a network of its own, which goes when it ends; the exit code. The script says what is wrong."""
     words = [SCRIPT, "with", "--hosts", str(hosts), "--rate", rate, "--delay", delay, "--", *command]
     return subprocess.run(words, env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}).returncode  # hosts without names are warned about
 

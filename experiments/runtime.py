@@ -159,14 +159,14 @@ def build(given: DictConfig, row: str, cluster: slowmo.Cluster):
         compute, megabytes = (lambda: task.loss(model, batch).backward()), 25.0
     else:
         parameters = runtime.TASKS[given.data].parameters / given.scale
-        model, megabytes = Waiting(round(parameters), given.compute), 25.0 / given.scale
+        model, megabytes = Waiting(round(parameters), given.compute), runtime.emulated_bucket(given.data, 4 * parameters) / 2**20
         compute = lambda: model().backward()
     replicas = slowmo.Replicas(model, cluster)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     if row == "compute":
         return slowmo.LocalSGD(replicas, optimizer), compute
     algorithm = plan.build(cfg.base, replicas, optimizer)
-    if algorithm.buckets:  # as many buckets as at full size
+    if algorithm.buckets:
         algorithm.buckets = Buckets(replicas, algorithm.buckets.inside, megabytes)
     return (plan.build(cfg.outer, algorithm) if cfg.outer.get("_target_") else algorithm), compute
 

@@ -43,8 +43,10 @@ def main() -> None:
                 print(f"wrote {README}")
             elif name == "runtime":
                 chosen = (options.nodes, options.rate) if options.command == name else ()
-                runtime.main(out.with_name("runtime.csv"), out.parent, *chosen)
+                runtime.main(out.parent, *chosen)
                 figures.clusters(out.parent, *chosen)
+                if (grown := out.parent / "benchmarks/growth.csv").exists():
+                    figures.growth(grown, out.parent)
             elif name == "claims":
                 claims.main(out, out.parent, again=options.command == "claims")
             else:

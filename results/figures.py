@@ -184,6 +184,24 @@ def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
             save(titled(figure, data, ""), out, f"runtime_{data}")
 
 
+def growth(path: Path, out: Path) -> None:
+    """Of benchmarks/growth.csv: `out`/figures/growth."""
+    lines = pd.read_csv(path)
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
+        million, two = lines["d"] == 10**6, lines["m"] == 2
+        panels = (("step", "m", million, "seconds of a step, d = 10⁶"), ("step", "d", two, "seconds of a step, m = 2"),
+                  ("memory", "m", million, "bytes at the peak, d = 10⁶"))  # fmt: skip
+        for axis, (what, along, rest, words) in zip(axes, panels):
+            part = lines[(lines["what"] == what) & rest].sort_values(along)
+            axis.loglog(part[along], part["value"], marker="o")
+            last = part.iloc[-1]
+            axis.loglog(part[along], last["value"] * part[along] / last[along], linestyle=":", color="black", label="proportional")
+            axis.set(xlabel=along, ylabel=words)
+            axis.legend()
+        save(figure, out, "growth")
+
+
 def titled(figure, data: str, note: str):
     figure.suptitle(TITLES[data] + (f"\n{note}" if note else ""), fontsize=8)
     return figure

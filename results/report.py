@@ -7,7 +7,7 @@ import html
 import json
 from pathlib import Path
 
-from results import claims, figures, tables
+from results import claims, figures, runtime, tables
 from results.collect import write
 from results.tables import LABELS, SMALL, TITLES, Runs, cells, heading, layout, rule, shown, unanswered
 
@@ -104,6 +104,10 @@ def readme(path: Path, runs: Runs) -> str:
             key, _, data = name.partition(" ")
             if key == "claims":
                 made = claims.markdown(claims.stored(runs))
+            elif key == "benchmarks":
+                made = runtime.benchmarks(tables.BENCHMARKS)
+            elif key == "runtime" and data in runtime.TASKS:
+                made = f"{runtime.against_paper(data)}\n{runtime.on_links(data)}\n"
             else:
                 chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
                 if not chosen:

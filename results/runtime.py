@@ -29,12 +29,12 @@ import pandas as pd
 import yaml
 
 from results.collect import write
-from results.tables import CONFIGS, LABELS, SMALL, TEXT, TITLES, published
+from results.tables import CONFIGS, HERE, LABELS, TEXT, TITLES, published
 
 PAYLOAD = 1448 / 1514  # TCP over frames of 1500 bytes
 INSIDE = 1.2e12  # bits a second between the processes of a node: the NVLinks of a V100
 LATENCY = 50e-6  # of 10 Gbit/s Ethernet through a switch, with TCP
-BUCKET = 25 * 2**20  # bytes; the first and the last are a 25th of it
+BUCKET = 25 * 2**20  # bytes; the first is a 25th of it
 CLOSE = 0.15
 PAYS = 0.95  # of AllReduce's time
 NODES, RATES = tuple(2**k for k in range(3, 13)), (10, 25, 100, 400)
@@ -44,23 +44,35 @@ MEASURED = [*NETWORK, "emulated", "bytes", "row", "milliseconds", "low", "high",
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A column of Table 2. parameters: of a worker's model. buffers: blocks of the optimizer's state."""
+    """A column of Table 2. parameters: of a worker's model."""
 
     parameters: int
     nodes: int
-    buffers: int
 
 
-TASKS = {"imagenet": Task(25_557_032, 32, 1), "wmt16": Task(209_911_808, 8, 2)}
+TASKS = {"imagenet": Task(25_557_032, 32), "wmt16": Task(209_911_808, 8)}
 
 
+RULES = (
+    "C is fitted to the paper's column, everything else follows from the formulas; (!): more than 15% apart. On links "
+    "(`python -m experiments.runtime`: gloo over TCP between network namespaces, each link shaped) C is the measured "
+    "`compute alone`, and nothing is fitted; medians over rounds with quartiles; relative: over the fastest cell of the "
+    "paper's column."
+)
+SCALING = (
+    "Modelled. A worker's batch and C stay as in the paper; a processor k times as fast on links k times as fast gives the "
+    "same ratios. AllReduce averages during backward, by ring or by halving and doubling, whichever is faster; so do exact "
+    "averages. In brackets the largest term beside compute."
+)
 NOTES = {
-    "imagenet": "SGP: the paper's waits for 33 ms of a message of 86, OSGP's 271 taken as compute: some of it travels while the next batch is read or "
-    "gradients are still formed. Ours is sent when the step is done and waited for, as its definition says; the fit spreads the difference over all "
-    "cells. AllReduce: the paper's 420 is compute and a whole ring one after the other. Double-averaging over Local SGD: an average of two blocks "
-    "every 12 iterations cannot cost 111 ms an iteration over Local SGD; over SGP the paper's costs 98 more, about one message. Both fit buffers "
-    "that are exchanged at every iteration, which is not what averaging every τ says.",
-    "wmt16": "SGP's 1225 ms, 2.4 times Local Adam's, are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s, and SGP waits for all of it.",
+    "imagenet": "SGP: the paper's waits for 33 ms of a message of 86, OSGP's 271 taken as compute: some of it travels while the next "
+    "batch is read or gradients are still formed. Ours is sent when the step is done and waited for, as its definition "
+    "says; the fit spreads the difference over all cells. AllReduce: the paper's 420 is compute and a whole ring one after "
+    "the other. Double-averaging over Local SGD: an average of two blocks every 12 iterations cannot cost 111 ms an "
+    "iteration over Local SGD; over SGP the paper's costs 98 more, about one message. Both fit buffers that are exchanged "
+    "at every iteration, which is not what averaging every τ says.",
+    "wmt16": "SGP's 1225 ms, 2.4 times Local Adam's, are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s, and SGP waits for all"
+    " of it.",
 }
 
 
@@ -92,8 +104,7 @@ def algorithm(experiment: str) -> dict:
     own = yaml.safe_load((CONFIGS / f"experiment/{experiment}.yaml").read_text())
     chosen = {key: value for part in own["defaults"] if isinstance(part, dict) for key, value in part.items()}
     base, outer = chosen["override /base"], chosen.get("override /outer", "none")
-    data = experiment.partition("_")[0]
-    buffers = TASKS[SMALL.get(data, data)].buffers
+    buffers = 2 if experiment.startswith(TEXT) else 1  # Adam's two moments, SGD's momentum
     tau = None
     if outer != "none" and own.get("outer", {}).get("exact", True):
         group = yaml.safe_load((CONFIGS / f"outer/{outer}.yaml").read_text())
@@ -119,9 +130,8 @@ def iteration(experiment: str, compute: float, size: float, links: Links, early:
         if sent["base"] == "osgp":
             waited = waited * max(0, 1 - compute / waited.sum())
     elif sent["base"] == "allreduce":
-        ends = [min(size / 2, bucket / 25)]  # the first and the last bucket are small
-        inner = size - 2 * ends[0]
-        parts = ends + [min(bucket, inner - k * bucket) for k in range(math.ceil(inner / bucket))] + ends
+        parts = [min(size, bucket / 25)]
+        parts += [min(bucket, size - parts[0] - k * bucket) for k in range(math.ceil((size - parts[0]) / bucket))]
         costs = [links.average(part, tree) for part in (parts if early else [size])]
         done = ready = compute / 3
         for part, cost in zip(parts, costs):
@@ -170,16 +180,16 @@ def pace(data: str, cell: str) -> float:
     return seconds(f"{data}_{cell}", fitted(data), 4 * TASKS[data].parameters, Links(TASKS[data].nodes))
 
 
-def first(data: str) -> str:
-    """The cell that others are given relative to: the fastest of the paper's column."""
-    return "local_adam" if data in TEXT else "osgp"
-
-
 def label(row: str) -> str:
     name = LABELS[row.removesuffix("_after")]
     if row.startswith("ar_"):
         name += ", averaging after backward" if row.endswith("_after") else ", averaging during backward"
     return name
+
+
+def emulated_bucket(data: str, size: float) -> float:
+    """Bytes: as many buckets as at full size, but none that this machine's own delays would outweigh."""
+    return max(BUCKET * size / (4 * TASKS[data].parameters), 2**20)
 
 
 def model(lines: pd.DataFrame) -> pd.Series:
@@ -189,7 +199,7 @@ def model(lines: pd.DataFrame) -> pd.Series:
     rate, delay = (float(text.rstrip("kmgbitus")) * units[text.lstrip("0123456789.")] for text in (line["rate"], line["delay"]))
     links = Links(int(line["hosts"]), rate, LATENCY + delay, int(line["node"]))
     size, compute = float(line["bytes"]), lines.set_index("row")["milliseconds"]["compute"] / 1000
-    bucket = BUCKET * size / (4 * TASKS[line["data"]].parameters) if line["emulated"] else BUCKET
+    bucket = emulated_bucket(line["data"], size) if line["emulated"] else BUCKET
     found = {"compute": compute}
     for row in lines["row"].drop(lines.index[lines["row"] == "compute"]):
         name = f"{line['data']}_{row.removesuffix('_after')}"
@@ -206,15 +216,19 @@ def beside(lines: pd.DataFrame) -> str:
     target = "wmt16" if data in TEXT else "imagenet"
     known = {row: value for row, value in paper(target).items() if data in TASKS}
     known = {f"{row}_after" if row.startswith("ar_") else row: value for row, value in known.items()}
-    start, out = (
-        first(data),
-        ["| | measured ms (quartiles) | model ms | measured over model | relative | model's | paper's |", "|---|---|---|---|---|---|---|"],
-    )
+    fastest = "local_adam" if data in TEXT else "osgp"  # of the paper's column
+    start = fastest if fastest in measured else measured.index[1]
+    out = [
+        "| | measured ms (quartiles) | model ms | measured over model | relative | model's | paper's |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for line in lines.itertuples():
         if line.row == "compute":
             out.append(f"| compute alone | {line.milliseconds:.1f} ({line.low:.1f} to {line.high:.1f}) | | | | | |")
             continue
-        ratio = [f"{table[line.row] / table[start]:.3f}" if line.row in table else "" for table in (measured, modelled, known)]
+        ratio = [
+            f"{table[line.row] / table[start]:.3f}" if line.row in table and start in table else "" for table in (measured, modelled, known)
+        ]
         off = measured[line.row] / modelled[line.row]
         out.append(f"| {label(line.row)} | {line.milliseconds:.1f} ({line.low:.1f} to {line.high:.1f}) | {modelled[line.row]:.1f} | "
                    f"{off:.3f}{'' if abs(math.log(off)) <= math.log(1 + CLOSE) else ' (!)'} | {' | '.join(ratio)} |")  # fmt: skip
@@ -225,9 +239,13 @@ def against_paper(data: str) -> str:
     """Table 2's column beside the model, whose AllReduce averages after backward: during it, 32 nodes would take what is said last."""
     task, compute, cells = TASKS[data], fitted(data), paper(data)
     size, links = 4 * task.parameters, Links(task.nodes)
-    lines = [f"C = {1000 * compute:.0f} ms, N = {size / 1e6:.1f} MB, m = {task.nodes}, g = {links.node}, R = {links.rate / 1e9:g} Gbit/s, λ = "
-             f"{1e6 * links.latency:g} µs: message {1000 * links.message(size).sum():.0f} ms, ring {1000 * links.average(size).sum():.0f} ms.\n",
-             "| | paper ms | model ms | model over paper | of these: compute | waiting | exact averages |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    message, ring = (1000 * cost(size).sum() for cost in (links.message, links.average))
+    lines = [
+        f"C = {1000 * compute:.0f} ms, N = {size / 1e6:.1f} MB, m = {task.nodes}, g = {links.node}, R = {links.rate / 1e9:g} Gbit/s, "
+        f"λ = {1e6 * links.latency:g} µs: message {message:.0f} ms, ring {ring:.0f} ms.\n",
+        "| | paper ms | model ms | model over paper | of these: compute | waiting | exact averages |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for cell, value in cells.items():
         terms = iteration(f"{data}_{cell}", compute, size, links)
         total = sum(terms.values())
@@ -286,7 +304,8 @@ def sentences(data: str, found: pd.DataFrame) -> list[str]:
             of = part[part["cell"] == cell]
             pays = of[of["over AllReduce"] <= PAYS]["nodes"]
             where = f"at m = {_ranges(pays, of['nodes'])}" if len(pays) else "nowhere here"
-            text += f"; {LABELS[cell]} saves 5% or more over AllReduce {where}, and costs at most {100 * (of['over base'].max() - 1):.1f}% over its base"
+            text += f"; {LABELS[cell]} saves 5% or more over AllReduce {where}"
+            text += f", and costs at most {100 * (of['over base'].max() - 1):.1f}% over its base"
         said.append(text + ".")
     return said
 
@@ -316,33 +335,58 @@ def predicted(data: str, found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main(measured: Path, out: Path, nodes=NODES, rates=RATES) -> None:
-    """Write runtime.md into `out`; print what clusters of these numbers of nodes and rates (Gbit/s) would take."""
-    lines = pd.read_csv(measured) if measured.exists() else pd.DataFrame(columns=MEASURED)
+def benchmarks(path: Path) -> str:
+    """benchmarks/cpu.csv as a table: the ratios of `python -m benchmarks`."""
+    lines = pd.read_csv(path)
+    out = ["| ours | over | where | aim | ratio (quartiles) |", "|---|---|---|---|---|"]
+    for line in lines.itertuples():
+        ratio = f"{line.ratio:.3f}" + f" ({line.low:.3f} to {line.high:.3f})" * (line.rounds > 1) + " (!)" * (line.ratio > line.aim)
+        out.append(f"| {line.what} | {line.against} | {line.where} | ≤ {line.aim:.2f} | {ratio} |")
+    return "\n".join(out) + f"\n\n(!): aim missed. {_made(lines)}\n"
+
+
+def exponents(lines: pd.DataFrame) -> str:
+    """Of benchmarks/growth.csv: slopes of log cost over log size, where rows of m d numbers exceed every cache."""
+    said = []
+    for what, along, rest in (("step", "m", lines["d"] == 10**6), ("step", "d", lines["m"] == 2), ("memory", "m", lines["d"] == 10**6)):
+        part = lines[(lines["what"] == what) & rest & (lines["m"] * lines["d"] >= 4_000_000)]
+        slope = np.polyfit(np.log(part[along].astype(float)), np.log(part["value"]), 1)[0]
+        said.append(f"{what} against {along} {slope:.2f}")
+    start = lines[lines["what"] == "start"]["value"].iloc[0]
+    return f"Exponents: {', '.join(said)}. A run of one step on the quadratic, from the command to its end: {start:.1f} s."
+
+
+def _made(lines: pd.DataFrame) -> str:
+    first_ = lines.iloc[-1]
+    return f"{first_['machine']}; commit {str(first_['commit'])[:10]}."
+
+
+def on_links(data: str, path: Path = HERE / "runtime.csv") -> str:
+    """What was measured of a column of Table 2, a table for each network."""
+    lines, text = pd.read_csv(path), []
     if missing := [name for name in MEASURED if name not in lines.columns]:
-        raise ValueError(f"{measured} lacks {', '.join(missing)}: make it anew with python -m experiments.runtime")
-    text = ["# Seconds of an iteration\n", "```", __doc__.partition("\n\n")[2].partition("\n`slowmo/`")[0].rstrip(), "```\n"]
-    text.append("## Table 2 of the paper and the model\n\nC is fitted, everything else follows. (!): more than 15% apart.\n")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: make it anew with python -m experiments.runtime")
+    for (_, kind, hosts, node, rate, delay), part in lines[lines["data"] == data].groupby(NETWORK, sort=False):
+        where = f"{hosts} hosts" + f" of {node} processes" * (node > 1)
+        where += f", links of {rate}, delay {delay}" if kind == "emulated" else ", on loopback"
+        text.append(f"Measured on {where}, rows of {part['bytes'].iloc[0] / 1e6:.2f} MB; {_made(part)}\n\n{beside(part)}\n")
+    return "\n".join(text)
+
+
+def main(out: Path, nodes=NODES, rates=RATES) -> None:
+    """Write `out`/runtime.md; print what clusters of these numbers of nodes and rates (Gbit/s) would take."""
+    text = ["# Seconds of an iteration", "", "```", __doc__.partition("\n\n")[2].partition("\n`slowmo/`")[0].rstrip(), "```", ""]
+    text += ["## Table 2: the paper, the model, and links", "", RULES, ""]
     for data in TASKS:
-        text += [f"### {TITLES[data]}\n", against_paper(data), NOTES[data] + "\n"]
-    text.append("## Measured on links\n\n`python -m experiments.runtime`: gloo over TCP between network namespaces, each link shaped; medians over rounds with quartiles. "
-                "The model's C is the measured compute, nothing else is fitted. relative: over the fastest of the paper's column.\n")  # fmt: skip
-    for network, part in lines.groupby(NETWORK, sort=False):
-        data, kind, hosts, node, rate, delay = network
-        where = (
-            f"{hosts} hosts"
-            + f" of {node} processes" * (node > 1)
-            + (f", links of {rate}, delay {delay}" if kind == "emulated" else " on loopback")
-        )
-        first_ = part.iloc[0]
-        text.append(
-            f"### {TITLES[data]}: {where}\n\n{first_['bytes'] / 1e6:.2f} MB a row; commit {str(first_['commit'])[:10]}, {first_['machine']}.\n\n{beside(part)}\n"
-        )
-    text.append("## Other clusters (modelled)\n\nA worker's batch and C stay as in the paper. AllReduce averages during backward, by ring or by halving and doubling, whichever "
-                "is faster; so do exact averages. In brackets the largest term beside compute.\n")  # fmt: skip
+        text += [f"### {TITLES[data]}", "", against_paper(data), NOTES[data], "", on_links(data, out / "runtime.csv")]
+    text += ["## Other clusters", "", SCALING, ""]
     for data in TASKS:
         found = elsewhere(data, nodes, rates)
-        text += [f"### {TITLES[data]}\n", predicted(data, found), "", *(f"- {sentence}" for sentence in sentences(data, found)), ""]
-        print(f"{TITLES[data]}\n{predicted(data, found)}\n" + "\n".join(sentences(data, found)) + "\n")
+        table, said = predicted(data, found), [f"- {sentence}" for sentence in sentences(data, found)]
+        text += [f"### {TITLES[data]}", "", table, "", *said, ""]
+        print("\n".join([TITLES[data], table, *said, ""]))
+    grown = out / "benchmarks/growth.csv"
+    if grown.exists():
+        text += ["## How an algorithm's own cost grows", "", exponents(pd.read_csv(grown)), ""]
     write(out / "runtime.md", "\n".join(text))
     print(f"wrote {out / 'runtime.md'}")

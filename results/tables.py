@@ -17,6 +17,7 @@ from scipy import stats
 from results.collect import COLUMNS, write
 
 HERE = Path(__file__).parent
+BENCHMARKS = HERE / "benchmarks/cpu.csv"
 CONFIGS = HERE.parent / "configs"
 SMALL = {"photos": "cifar10", "scripts": "imagenet", "ende": "wmt16"}  # stand-in -> the data it stands for
 TEXT = ("wmt16", "ende")  # translations; the others are pictures
@@ -131,7 +132,12 @@ def layout(data: str) -> tuple[Table, ...]:
     rows = ((LABELS[cells[-1]], allreduce, None),
             (f"{LABELS[cells[-1]]} + SlowMo, β = 0.4", f"{allreduce},outer=slowmo,outer.beta=0.4", allreduce))  # fmt: skip
     made.append(Table("allreduce", data, "SlowMo over AllReduce", rows, more, few))
-    if data == "photos":  # where AllReduce is best, which in the paper it is not
+    if data == "photos":
+        rows = [(f"{LABELS[cell]}{words}", f"{data}_{cell}{overrides}", f"{data}_{cell}" if overrides else None)
+                for cell in ("sgp", "slowmo_sgp", "osgp", "slowmo_osgp")
+                for words, overrides in (("", ""), (", messages in bfloat16", ",base.messages=bfloat16"))]  # fmt: skip
+        made.append(Table("messages", data, "Messages in bfloat16", tuple(rows), more, few))
+        # where AllReduce is best, which in the paper it is not
         settings = (("", ""), (", batch 32 a worker", ",data.train=12288,task.batch_size=1024"), (", 4800 iterations", ",steps=4800"))
         rows = [(f"{LABELS[cell]}{words}", f"{data}_{cell}{overrides}", against and f"{data}_{against}{overrides}")
                 for words, overrides in settings for cell, against in (("ar_sgd", None), ("sgp", "ar_sgd"))]  # fmt: skip

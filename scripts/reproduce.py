@@ -28,7 +28,7 @@ from results import tables  # noqa: E402
 from results.tables import SMALL, Runs, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
-          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance")}  # fmt: skip
+          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance", "messages")}  # fmt: skip
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
 
 

@@ -149,8 +149,8 @@ class SGP(LocalSGD):
     z_i <- Σ_j P_ij w_j z_j / w_i: nothing is scaled before it is sent, so there is no send buffer; the spent gradients' block takes the
     first arrivals. On a graph that is not regular `step` and `average` take one more temporary `[n, d]`.
 
-    messages: `bfloat16` or `float16` rounds what workers send each other in a round (weights and exact averages stay as they are), half of the
-    bytes, and takes a temporary of the rows' size; null: the rows' dtype.
+    messages: `bfloat16` or `float16` rounds what workers send each other in a round, weights and exact averages stay as they are: half of
+    the bytes, and a temporary of the rows' size. null: the rows' dtype.
     """
 
     def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False, messages: str | None = None):
@@ -322,22 +322,19 @@ class Buckets:
 
     Gradients are slices of one row, so a bucket is a contiguous slice: nothing is copied (with n > 1 rows here, their sum `[1, d]` is
     formed and sent). Buckets are closed at parameter boundaries, from the end of the row, which backward reaches first, and go out
-    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up. The first is small,
-    so that the wire is busy early, and so is the last, which no computation hides.
+    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up. The first is a 25th
+    of the others, so that the wire is busy early.
     """
 
     def __init__(self, replicas, inside: bool, megabytes: float = 25.0):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
-        size, offsets = replicas.rows.element_size(), [offset for offset, _ in replicas.slices()]
-        small, full = (share * megabytes * 2**20 / size for share in (1 / 25, 1))
-        last = next((offset for offset in offsets if offset >= small), replicas.parameters)  # where the last bucket ends
-        slices, stop, least = [], replicas.parameters, small
-        for offset in reversed(offsets):
-            if stop - offset >= least or offset in (0, last):
-                if offset < stop:
-                    slices.append((offset, stop))
-                stop, least = offset, full
-        bucket_of = {offset: next(k for k, (start, _) in enumerate(slices) if start <= offset) for offset in offsets}
+        full, bucket_of, slices = megabytes * 2**20 / 25, {}, []
+        start = stop = replicas.parameters
+        for offset, numel in reversed(replicas.slices()):
+            start, bucket_of[offset] = offset, len(slices)
+            if (stop - start) * replicas.rows.element_size() >= full or offset == 0:
+                slices.append((start, stop))
+                stop, full = start, megabytes * 2**20
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
         self._clear()
         if self.cluster.processes > 1:
@@ -345,7 +342,7 @@ class Buckets:
 
     def arm(self) -> None:
         """Backward passes count from here. What a skipped step left under way is dropped."""
-        if self.sums:
+        if self.means:
             self._wait()
             self._clear()
             self.replicas.gradients().zero_()
@@ -354,15 +351,13 @@ class Buckets:
     @torch.no_grad()
     def finish(self) -> None:
         """Send what is left, wait, and leave the mean in every row."""
-        while len(self.sums) < len(self.slices):
+        while len(self.means) < len(self.slices):
             self._send()
         self._wait()
         grads = self.replicas.gradients()
-        count = self.cluster.node if self.inside else self.cluster.processes * len(grads)
-        for (start, stop), total in zip(self.slices, self.sums):
-            total.div_(count)
-            if len(grads) > 1:
-                grads[:, start:stop] = total
+        if len(grads) > 1:
+            for (start, stop), mean in zip(self.slices, self.means):
+                grads[:, start:stop] = mean
         self.armed = False
         self._clear()
 
@@ -372,7 +367,7 @@ class Buckets:
                 handle.wait()
 
     def _clear(self) -> None:
-        self.sums, self.handles = [], []
+        self.means, self.handles = [], []
         self.missing = [0] * len(self.slices)
         for bucket in self.bucket_of.values():
             self.missing[bucket] += len(self.replicas.models) * self.replicas.accumulate
@@ -380,15 +375,16 @@ class Buckets:
     @torch.no_grad()
     def _arrived(self, offset: int) -> None:
         self.missing[self.bucket_of[offset]] -= 1
-        while len(self.sums) < len(self.slices) and self.missing[len(self.sums)] <= 0:
+        while len(self.means) < len(self.slices) and self.missing[len(self.means)] <= 0:
             self._send()
 
     def _send(self) -> None:
-        start, stop = self.slices[len(self.sums)]
+        start, stop = self.slices[len(self.means)]
         grads = self.replicas.gradients()[:, start:stop]
-        total = grads[0] if len(grads) == 1 else grads.sum(0)
-        self.sums.append(total)
-        self.handles.append(self.cluster.reduce(total, inside=self.inside, wait=False))
+        part = grads[0] if len(grads) == 1 else grads.sum(0)
+        part.div_(self.cluster.node if self.inside else self.cluster.processes * len(grads))  # now, while backward still runs
+        self.means.append(part)
+        self.handles.append(self.cluster.reduce(part, inside=self.inside, wait=False))
 
 
 def _add(block: torch.Tensor, share, arrival: torch.Tensor) -> None:

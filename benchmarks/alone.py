@@ -1,0 +1,71 @@
+"""m workers folded into one process, against plain PyTorch and against what they have to keep in memory. Paired ratios, as in peers.py."""
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+import slowmo
+from benchmarks import step
+from experiments.cifar10 import ResNet
+from slowmo.together import Together
+
+
+def folding(rounds):
+    """8 ResNet-18 workers of 8 pictures as 8 rows, over 8 plain loops, each with its own model and torch's default SGD."""
+    torch.set_num_threads(1)
+    times = step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
+    return [a / b for a, b in zip(times["folded"], times["plain"])]
+
+
+def slow_step(rounds):
+    """What SlowMo adds to the same iterations at τ = 12, the reset of the momentum included, over an iteration: 1 + a share."""
+    torch.set_num_threads(1)
+    times = step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
+    share = zip(times["slow step"], times["first step after a reset"], times["folded"])
+    return [1 + (slow + max(0, after - plain)) / step.TAU / plain for slow, after, plain in share]
+
+
+def together(rounds, m=32, batch=8, size=8, width=16):
+    """All replicas in one computation over the loop: forward and backward."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    replicas = slowmo.Replicas(ResNet([1, 1, 1, 0], width), slowmo.Cluster(m))
+    batches = [(torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))) for _ in range(m)]
+    loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+    at_once, ratios = Together(replicas), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        for model, own in zip(replicas.models, batches):
+            loss(model, own).backward()
+        middle = time.perf_counter()
+        at_once(loss, batches)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    return ratios[1:]
+
+
+def memory(rounds, base="sgp", m=32, d=2_000_000):
+    """The process's peak over what it held before, and over rows (1 + gradient + momentum + OSGP's message) + x0 and u. One number."""
+    torch.set_num_threads(1)
+    model = torch.nn.Module()
+    model.x = torch.nn.Parameter(torch.zeros(d))
+    warm = torch.zeros(64, 64)
+    (warm @ warm).sum()  # what the first computation loads
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak from here
+    before = _kilobytes("VmHWM")
+    replicas = slowmo.Replicas(model, slowmo.Cluster(m))
+    kinds = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
+    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, fused=True)
+    algorithm = slowmo.SlowMo(kinds[base](replicas, optimizer), tau=2, beta=0.6)
+    for _ in range(4):
+        algorithm.start()
+        replicas.rows.grad.fill_(1e-3)
+        algorithm.step()
+    least = 4 * replicas.rows.shape[1] * (m * (3 + algorithm.base.inboxes()) + 2)
+    return [(_kilobytes("VmHWM") - before) * 1024 / least]
+
+
+def _kilobytes(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))

@@ -1,0 +1,87 @@
+"""How an algorithm's own cost grows: `python -m benchmarks.growth` writes results/benchmarks/growth.csv, in some minutes; figures draw it.
+
+    step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every 12th) against m at d = 1e6, and against d at m = 2
+    memory     the process's peak against m at d = 1e6
+    start      seconds from `run.py task=quadratic` to its end after one step, warm
+
+Nothing grows faster than m d when no exponent (results/runtime.py) exceeds 1.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import slowmo
+from benchmarks import alone
+from experiments import folder, network
+from experiments.runtime import machine
+from results.collect import write
+from results.runtime import exponents
+from results.tables import BENCHMARKS
+
+WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
+
+
+def step(m: int, d: int) -> float:
+    """Median seconds of a step; a round is 12, one of them with SlowMo."""
+    torch.set_num_threads(1)
+    model = torch.nn.Module()
+    model.x = torch.nn.Parameter(torch.zeros(d))
+    replicas = slowmo.Replicas(model, slowmo.Cluster(m))
+    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    algorithm = slowmo.SlowMo(slowmo.SGP(replicas, optimizer), tau=12, beta=0.6, buffers="maintain")
+    times, begun = [], time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begun < 2:
+        start = time.perf_counter()
+        for _ in range(12):
+            algorithm.start()
+            algorithm.step()
+        times.append((time.perf_counter() - start) / 12)
+    return statistics.median(times[1:])
+
+
+def held(m: int, d: int) -> float:
+    """Bytes at the peak."""
+    return alone.memory(1, "sgp", m, d)[0] * 4 * d * (3 * m + 2)
+
+
+def start() -> float:
+    """Seconds of a whole run of one step on the quadratic; the second time, so that files are cached."""
+    run = Path(__file__).parent.parent / "run.py"
+    times = []
+    for _ in range(4):
+        with tempfile.TemporaryDirectory() as out:
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, run, "task=quadratic", "steps=1", f"runs={out}"], check=True, capture_output=True)
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=BENCHMARKS.with_name("growth.csv"))
+    options = parser.parse_args()
+    lines = [{"what": "start", "m": 8, "d": 0, "value": start()}]
+    print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)
+    cases = [("step", m, 10**6) for m in WORKERS] + [("step", 2, d) for d in PARAMETERS] + [("memory", m, 10**6) for m in WORKERS]
+    for what, m, d in cases:
+        value = network.spawn(lambda: (step if what == "step" else held)(m, d), 1, "loopback")
+        lines.append({"what": what, "m": m, "d": d, "value": value})
+        print(f"{what:7} m = {m:3} d = {d:11,}: {f'{1e3 * value:.3f} ms' if what == 'step' else f'{value / 1e6:.0f} MB'}", flush=True)
+    lines = pd.DataFrame(lines).drop_duplicates().assign(commit=folder.commit(), machine=machine())
+    write(options.out, lines.to_csv(index=False))
+    print(exponents(lines))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
