@@ -21,7 +21,7 @@ from experiments.cifar10 import ResNet
 from experiments.runtime import Waiting
 from slowmo.base import Buckets
 
-MEGABYTES = 2.0  # of a row on links
+MEGABYTES, COMPUTE = 2.0, 0.1355  # of a row on links; seconds of an iteration there
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "fused": True}
 
 
@@ -54,7 +54,7 @@ class Side:
         self.cluster, self.link = slowmo.Cluster(timeout=120.0), link
         torch.manual_seed(0)
         if link:
-            self.model, self.inputs = Waiting(round(MEGABYTES * 1e6 / 4), 0.1355), ()
+            self.model, self.inputs = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE), ()
             self.megabytes = 25 * MEGABYTES / 102.2
         else:
             self.model, self.megabytes = ResNet([2, 2, 2, 2], 64), 25.0
@@ -85,8 +85,8 @@ class Side:
         """An iteration that sends nothing."""
         return self.ours(slowmo.LocalSGD)
 
-    def ddp(self, after=lambda ddp, optimizer: optimizer.step(), hook=None):
-        """One iteration of torch's DistributedDataParallel. after: what follows backward."""
+    def ddp(self):
+        """One iteration of torch's DistributedDataParallel."""
         model = copy.deepcopy(self.model)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False, bucket_cap_mb=self.megabytes)
         optimizer = torch.optim.SGD(ddp.parameters(), **SETTINGS)
@@ -167,7 +167,7 @@ def overlap(link, rounds):
 def overlap_of_messages(link, rounds):
     """OSGP where the message is longer: over messages one after another."""
     side = Side(link)
-    side.model = Waiting(round(MEGABYTES * 1e6 / 4), 0.02)
+    side.model = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE / 7)
     rows = torch.zeros(1, round(MEGABYTES * 1e6 / 4))
     out = torch.empty_like(rows)
     return contest(side.cluster, side.ours(slowmo.OSGP), lambda: side.cluster.shift(rows, 1, out)(), 12, rounds)

@@ -70,14 +70,16 @@ def sleep(until: float) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="runtime")
 def main(cfg: DictConfig) -> None:
     try:
-        check(cfg.runtime)
+        experiments = check(cfg.runtime)
         if cfg.runtime.network == "emulated":
             command = [sys.executable, "-m", "experiments.runtime", *HydraConfig.get().overrides.task, "runtime.network=up"]
             code = network.inside(cfg.runtime.hosts, cfg.runtime.rate, cfg.runtime.delay, command)
             if code:
                 sys.exit(code)
             return
-        lines = network.spawn(lambda: measure(cfg.runtime), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node)
+        lines = network.spawn(
+            lambda: measure(cfg.runtime, experiments), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node
+        )
         out = Path(cfg.out)
         before = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=runtime.MEASURED)
         lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[runtime.MEASURED]
@@ -94,35 +96,39 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
 
 
-def check(given: DictConfig) -> None:
-    """ValueError, with the remedy."""
+def check(given: DictConfig) -> dict[str, DictConfig]:
+    """The config of each row's experiment. ValueError, with the remedy, for what cannot be measured."""
     for name in ("hosts", "node", "iterations", "rounds"):
         if not isinstance(given[name], int) or given[name] < 1:
             raise ValueError(f"runtime.{name}={given[name]}: a whole number >= 1")
     if given.network not in network.NETWORKS:
         raise ValueError(f"runtime.network={given.network}: choose one of {', '.join(network.NETWORKS)}")
-    if given.compute != "task" and not (isinstance(given.compute, float) and 0 < given.compute < math.inf):
+    if given.compute != "task" and not (isinstance(given.compute, (int, float)) and 0 < given.compute < math.inf):
         raise ValueError(f"runtime.compute={given.compute}: seconds, or `task` for the experiment's own model")
-    for row in given.rows:
-        tau = experiment(given, row).outer.get("tau")
+    found = {row: experiment(given, row) for row in given.rows}
+    for row, cfg in found.items():
+        tau = cfg.outer.get("tau")
         if tau and given.iterations % tau:
             raise ValueError(f"runtime.iterations={given.iterations}: {row} averages every {tau}, choose a multiple")
+    return found
 
 
 def experiment(given: DictConfig, row: str) -> DictConfig:
     """The config of a row. ValueError where there is none."""
     name = f"{given.data}_{row.removesuffix('_after')}"
     try:
-        return hydra.compose("config", [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.get("overrides", [])])
+        return hydra.compose("config", [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides])
     except hydra.errors.MissingConfigException:
         raise ValueError(f"no experiment {name}: see configs/experiment") from None
 
 
-def measure(given: DictConfig) -> list[dict]:
-    """In each process: every row in turn. Returns a line a row, seconds over rounds of the mean over processes."""
+def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]:
+    """In each process: every row in turn. A line for each row and round: milliseconds an iteration, the mean over processes."""
     torch.set_num_threads(1)
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
-    rows = {row: build(given, row, cluster) for row in ("compute", *given.rows)}
+    first = next(iter(experiments.values()))
+    rows = {"compute": build(given, first, cluster, alone=True)}
+    rows |= {row: build(given, cfg, cluster) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
@@ -141,17 +147,13 @@ def measure(given: DictConfig) -> list[dict]:
         "bytes": rows["compute"][0].rows.numel() * 4,
         "emulated": given.compute != "task",
     }
-    return [facts | {"row": row, **quartiles([1e3 * value for value in values])} for row, values in times.items()]
+    return [
+        facts | {"row": row, "round": k, "milliseconds": round(1e3 * value, 3)} for row, of in times.items() for k, value in enumerate(of)
+    ]
 
 
-def quartiles(values: list[float]) -> dict:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"milliseconds": round(middle, 3), "low": round(low, 3), "high": round(high, 3), "rounds": len(values)}
-
-
-def build(given: DictConfig, row: str, cluster: slowmo.Cluster):
-    """(algorithm, what a step computes) of a row; `compute` is the first row's optimizer alone."""
-    cfg = experiment(given, given.rows[0] if row == "compute" else row)
+def build(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False):
+    """(algorithm, what a step computes) of an experiment; alone: its model and optimizer, and nothing is sent between hosts."""
     if given.compute == "task":
         task = plan.build(cfg.task)
         model = task.model()
@@ -163,7 +165,7 @@ def build(given: DictConfig, row: str, cluster: slowmo.Cluster):
         compute = lambda: model().backward()
     replicas = slowmo.Replicas(model, cluster)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
-    if row == "compute":
+    if alone:
         return slowmo.LocalSGD(replicas, optimizer), compute
     algorithm = plan.build(cfg.base, replicas, optimizer)
     if algorithm.buckets:

@@ -39,7 +39,7 @@ CLOSE = 0.15
 PAYS = 0.95  # of AllReduce's time
 NODES, RATES = tuple(2**k for k in range(3, 13)), (10, 25, 100, 400)
 NETWORK = ["data", "network", "hosts", "node", "rate", "delay"]
-MEASURED = [*NETWORK, "emulated", "bytes", "row", "milliseconds", "low", "high", "rounds", "commit", "machine"]
+MEASURED = [*NETWORK, "emulated", "bytes", "row", "round", "milliseconds", "commit", "machine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +198,28 @@ def model(lines: pd.DataFrame) -> pd.Series:
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3}
     rate, delay = (float(text.rstrip("kmgbitus")) * units[text.lstrip("0123456789.")] for text in (line["rate"], line["delay"]))
     links = Links(int(line["hosts"]), rate, LATENCY + delay, int(line["node"]))
-    size, compute = float(line["bytes"]), lines.set_index("row")["milliseconds"]["compute"] / 1000
+    size, compute = float(line["bytes"]), lines[lines["row"] == "compute"]["milliseconds"].median() / 1000
     bucket = emulated_bucket(line["data"], size) if line["emulated"] else BUCKET
     found = {"compute": compute}
-    for row in lines["row"].drop(lines.index[lines["row"] == "compute"]):
+    for row in lines[lines["row"] != "compute"]["row"].unique():
         name = f"{line['data']}_{row.removesuffix('_after')}"
         found[row] = seconds(name, compute, size, links, early=not row.endswith("_after"), bucket=bucket)
     return 1000 * pd.Series(found)
 
 
+def links(path: Path = HERE / "runtime.csv") -> pd.DataFrame:
+    """The lines of `python -m experiments.runtime`; none where it has not run. ValueError for a file of another kind."""
+    lines = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=MEASURED)
+    if missing := [name for name in MEASURED if name not in lines.columns]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: make it anew with python -m experiments.runtime")
+    return lines
+
+
 def beside(lines: pd.DataFrame) -> str:
     """The measured rows of one network beside the model and the paper, in milliseconds and over the first cell's."""
     data = lines["data"].iloc[0]
-    measured = lines.set_index("row")["milliseconds"]
+    by = lines.groupby("row", sort=False)["milliseconds"]
+    measured, low, high = by.median(), by.quantile(0.25), by.quantile(0.75)
     modelled = model(lines)
     # the paper's AllReduce averages after backward, see `against_paper`
     target = "wmt16" if data in TEXT else "imagenet"
@@ -222,16 +231,15 @@ def beside(lines: pd.DataFrame) -> str:
         "| | measured ms (quartiles) | model ms | measured over model | relative | model's | paper's |",
         "|---|---|---|---|---|---|---|",
     ]
-    for line in lines.itertuples():
-        if line.row == "compute":
-            out.append(f"| compute alone | {line.milliseconds:.1f} ({line.low:.1f} to {line.high:.1f}) | | | | | |")
+    for row, value in measured.items():
+        shown = f"{value:.1f} ({low[row]:.1f} to {high[row]:.1f})"
+        if row == "compute":
+            out.append(f"| compute alone | {shown} | | | | | |")
             continue
-        ratio = [
-            f"{table[line.row] / table[start]:.3f}" if line.row in table and start in table else "" for table in (measured, modelled, known)
-        ]
-        off = measured[line.row] / modelled[line.row]
-        out.append(f"| {label(line.row)} | {line.milliseconds:.1f} ({line.low:.1f} to {line.high:.1f}) | {modelled[line.row]:.1f} | "
-                   f"{off:.3f}{'' if abs(math.log(off)) <= math.log(1 + CLOSE) else ' (!)'} | {' | '.join(ratio)} |")  # fmt: skip
+        off = value / modelled[row]
+        mark = "" if abs(math.log(off)) <= math.log(1 + CLOSE) else " (!)"
+        ratios = [f"{table[row] / table[start]:.3f}" if row in table and start in table else "" for table in (measured, modelled, known)]
+        out.append(f"| {label(row)} | {shown} | {modelled[row]:.1f} | {off:.3f}{mark} | {' | '.join(ratios)} |")
     return "\n".join(out)
 
 
@@ -357,20 +365,18 @@ def exponents(lines: pd.DataFrame) -> str:
 
 
 def _made(lines: pd.DataFrame) -> str:
-    first_ = lines.iloc[-1]
-    return f"{first_['machine']}; commit {str(first_['commit'])[:10]}."
+    last = lines.iloc[-1]
+    return f"{last['machine']}; commit {str(last['commit'])[:10]}."
 
 
 def on_links(data: str, path: Path = HERE / "runtime.csv") -> str:
     """What was measured of a column of Table 2, a table for each network."""
-    lines, text = pd.read_csv(path), []
-    if missing := [name for name in MEASURED if name not in lines.columns]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: make it anew with python -m experiments.runtime")
+    lines, text = links(path), []
     for (_, kind, hosts, node, rate, delay), part in lines[lines["data"] == data].groupby(NETWORK, sort=False):
         where = f"{hosts} hosts" + f" of {node} processes" * (node > 1)
         where += f", links of {rate}, delay {delay}" if kind == "emulated" else ", on loopback"
         text.append(f"Measured on {where}, rows of {part['bytes'].iloc[0] / 1e6:.2f} MB; {_made(part)}\n\n{beside(part)}\n")
-    return "\n".join(text)
+    return "\n".join(text or ["Not measured on links yet: `python -m experiments.runtime`.\n"])
 
 
 def main(out: Path, nodes=NODES, rates=RATES) -> None:

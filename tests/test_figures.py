@@ -5,7 +5,7 @@ import pytest
 from listed import curve, lines, written
 from matplotlib.colors import to_rgb
 
-from results import figures, tables
+from results import figures, runtime, tables
 
 VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo_sgp", "ar_sgd")
 
@@ -46,10 +46,11 @@ def test_curves_of_runs_that_do_not_count_are_not_drawn(tmp_path):
     assert curves.of("photos_osgp").empty and curves.of("photos_sgp")["seeds"].tolist() == [1] * 10
 
 
-def test_modelled_seconds_are_the_paper_s_pace_and_say_so(path):
+def test_modelled_seconds_are_those_of_the_paper_s_cluster_and_say_so(path):
     runs, curves = loaded(path)
     seconds, how = figures.clock("photos", "ar_sgd", curves.of("photos_ar_sgd"))
-    assert seconds[-1] == pytest.approx(1200 * 0.420) and how.startswith("modelled")
+    assert seconds[-1] == pytest.approx(1200 * runtime.pace("imagenet", "ar_sgd")) and how.startswith("modelled")
+    assert seconds[-1] == pytest.approx(1200 * 0.420, rel=0.15)  # Table 2
     figure = figures.wallclock("photos", runs, curves)
     assert "modelled" in figure.axes[0].get_xlabel() and len(figure.axes[0].lines) == 7
     plt.close(figure)

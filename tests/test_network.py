@@ -143,7 +143,7 @@ def test_every_row_of_table_2_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "runtime.csv")
     assert list(lines.columns) == runtime.MEASURED and set(lines["row"]) == {"compute", "ar_sgd_after", *runtime.paper("imagenet")}
-    assert (lines["milliseconds"] >= 2).all() and (lines["rounds"] == 2).all() and (lines["network"] == "loopback").all()
+    assert (lines["milliseconds"] >= 2).all() and set(lines["round"]) == {0, 1} and (lines["network"] == "loopback").all()
     assert "round 2/2 double_averaging_local_sgd" in done.stdout and "| OSGP + SlowMo |" in done.stdout
     again = measure("runtime.network=loopback", "runtime.rounds=1", "runtime.rows=[osgp]", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
