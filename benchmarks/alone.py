@@ -1,4 +1,4 @@
-"""m workers folded into one process, against plain PyTorch and against what they have to keep in memory. Paired ratios, as in peers.py."""
+"""m workers folded into one process, against plain PyTorch and against what they have to keep in memory. Ratios are paired."""
 
 import time
 
@@ -11,11 +11,11 @@ from experiments.cifar10 import ResNet
 from slowmo.together import Together
 
 
-def folding(rounds):
-    """8 ResNet-18 workers of 8 pictures as 8 rows, over 8 plain loops, each with its own model and torch's default SGD."""
+def folding(rounds, fused=False):
+    """8 ResNet-18 workers of 8 pictures as 8 rows with fused SGD, over 8 plain loops, each with its own model and torch's default SGD."""
     torch.set_num_threads(1)
     times = step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
-    return [a / b for a, b in zip(times["folded"], times["plain"])]
+    return [a / b for a, b in zip(times["folded"], times["plain fused" if fused else "plain"])]
 
 
 def slow_step(rounds):
@@ -34,18 +34,30 @@ def together(rounds, m=32, batch=8, size=8, width=16):
     batches = [(torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))) for _ in range(m)]
     loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
     at_once, ratios = Together(replicas), []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
+
+    def loop():
         for model, own in zip(replicas.models, batches):
             loss(model, own).backward()
-        middle = time.perf_counter()
-        at_once(loss, batches)
-        ratios.append((time.perf_counter() - middle) / (middle - start))
+
+    def seconds(call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    for k in range(rounds + 1):
+        order = (loop, lambda: at_once(loss, batches))
+        found = [seconds(call) for call in order[:: 1 if k % 2 else -1]][:: 1 if k % 2 else -1]
+        ratios.append(found[1] / found[0])
     return ratios[1:]
 
 
 def memory(rounds, base="sgp", m=32, d=2_000_000):
-    """The process's peak over what it held before, and over rows (1 + gradient + momentum + OSGP's message) + x0 and u. One number."""
+    """The process's peak, less what it held before, over rows (1 + gradient + momentum) + x0 and u. One number."""
+    return [held(base, m, d) / (4 * d * (3 * m + 2))]
+
+
+def held(base: str, m: int, d: int) -> int:
+    """Bytes at the peak of some steps, less what the process held before."""
     torch.set_num_threads(1)
     model = torch.nn.Module()
     model.x = torch.nn.Parameter(torch.zeros(d))
@@ -62,8 +74,7 @@ def memory(rounds, base="sgp", m=32, d=2_000_000):
         algorithm.start()
         replicas.rows.grad.fill_(1e-3)
         algorithm.step()
-    least = 4 * replicas.rows.shape[1] * (m * (3 + algorithm.base.inboxes()) + 2)
-    return [(_kilobytes("VmHWM") - before) * 1024 / least]
+    return (_kilobytes("VmHWM") - before) * 1024
 
 
 def _kilobytes(name: str) -> int:

@@ -23,7 +23,7 @@ from benchmarks import alone
 from experiments import folder, network
 from experiments.runtime import machine
 from results.collect import write
-from results.runtime import exponents
+from results.seconds import exponents
 from results.tables import BENCHMARKS
 
 WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
@@ -47,11 +47,6 @@ def step(m: int, d: int) -> float:
     return statistics.median(times[1:])
 
 
-def held(m: int, d: int) -> float:
-    """Bytes at the peak."""
-    return alone.memory(1, "sgp", m, d)[0] * 4 * d * (3 * m + 2)
-
-
 def start() -> float:
     """Seconds of a whole run of one step on the quadratic; the second time, so that files are cached."""
     run = Path(__file__).parent.parent / "run.py"
@@ -73,11 +68,11 @@ def main() -> None:
     lines = [{"what": "start", "m": 8, "d": 0, "value": start()}]
     print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)
     cases = [("step", m, 10**6) for m in WORKERS] + [("step", 2, d) for d in PARAMETERS] + [("memory", m, 10**6) for m in WORKERS]
-    for what, m, d in cases:
-        value = network.spawn(lambda: (step if what == "step" else held)(m, d), 1, "loopback")
+    for what, m, d in dict.fromkeys(cases):
+        value = network.spawn(lambda: step(m, d) if what == "step" else alone.held("sgp", m, d), 1, "loopback")
         lines.append({"what": what, "m": m, "d": d, "value": value})
         print(f"{what:7} m = {m:3} d = {d:11,}: {f'{1e3 * value:.3f} ms' if what == 'step' else f'{value / 1e6:.0f} MB'}", flush=True)
-    lines = pd.DataFrame(lines).drop_duplicates().assign(commit=folder.commit(), machine=machine())
+    lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())
     write(options.out, lines.to_csv(index=False))
     print(exponents(lines))
     print(f"wrote {options.out}")

@@ -91,8 +91,10 @@ class Step:
         """Seconds of each side in `rounds` rounds, after one that warms up."""
         times = {}
         for round_ in range(rounds + 1):
-            now = {"plain": self.seconds(self.loops, False), "folded": self.seconds(self.folded)}
-            now |= {"plain fused": self.seconds(self.loops, True), "one plain model": self.seconds(self.large_batch)}
+            calls = {"plain": (self.loops, False), "folded": (self.folded,), "plain fused": (self.loops, True)}
+            order = list(calls)[:: 1 if round_ % 2 else -1]
+            now = {name: self.seconds(*calls[name]) for name in order}
+            now["one plain model"] = self.seconds(self.large_batch)
             now["slow step"] = self.seconds(self.slow)  # it resets the momentum, which the next step allocates anew
             now["first step after a reset"] = self.seconds(self.folded)
             if round_:

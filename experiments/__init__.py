@@ -1,13 +1,13 @@
 """The tasks. Each gives a model, batches, a loss and an evaluation; the sums of the last are validation_loss and, if any, nll, accuracy.
 
-model() -> nn.Module                          one worker's model, on the task's device and in its dtype
-batches(step, workers, part) -> iterable      a batch for each of `workers`; part = (l, g): the l-th of g parts of it. A batch of
-                                              several `pieces` comes as its pieces l, l + g, l + 2 g, ..., worker after worker
-loss(model, batch) -> scalar                  the mean loss of the batch, for backward; over the pieces of a part these add up, and
-                                              the mean over parts is the loss of the batch
-evaluate(model, part, samples) -> dict        sums over the part's share of the validation set (or of its first `samples`), and
-                                              their `count`
-steps_per_epoch                               inner steps in a pass over the training set
+    model() -> nn.Module                          one worker's model, on the task's device and in its dtype
+    batches(step, workers, part) -> iterable      a batch for each of `workers`; part = (l, g): the l-th of g parts of it. A batch of
+                                                  several `pieces` comes as its pieces l, l + g, l + 2 g, ..., worker after worker
+    loss(model, batch) -> scalar                  the mean loss of the batch, for backward; over the pieces of a part these add up, and
+                                                  the mean over parts is the loss of the batch
+    evaluate(model, part, samples) -> dict        sums over the part's share of the validation set (or of its first `samples`), and
+                                                  their `count`
+    steps_per_epoch                               inner steps in a pass over the training set
 """
 
 

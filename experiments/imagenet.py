@@ -178,7 +178,6 @@ class ImageNet(HalfPrecision):
                         due = getattr(self.data, name)
                         raise ValueError(f"{root}: {found} {what}, not {due}: complete them, or set data.{name}={found}")
             from torchvision.transforms import v2
-
             crop = v2.RandomResizedCrop(self.size, scale=(self.scale, 1.0), antialias=True)
             train = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if self.flip else 0.0), v2.PILToTensor()])
             centre = v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.size), v2.PILToTensor()])

@@ -42,7 +42,7 @@ SHORTEST, LONGEST, RATIO = 3, 60, 2.5  # Moses tokens of a side; the longer side
 PLACEHOLDER = "PLACEHOLDER"  # what the program fills in (%1, $(ARG1), %PRODUCTNAME): one token, never cut by the BPE
 MODULES = {"fairseq": "fairseq-fixed", "sacremoses": "sacremoses", "subword_nmt": "subword-nmt"}
 REMEDY = 'install what makes the set: pip install -e ".[wmt16]"'
-BY_HAND = f"""Fetch the three packages by hand: {", ".join(PACKAGES)}.
+BY_HAND = f"""Fetch the three packages by hand: {', '.join(PACKAGES)}.
 Each has a page https://packages.debian.org/stable/NAME whose "Download" section ends in a link to a .deb file, all of the
 same version. Put them into one folder and give it as data.packages=FOLDER. Without dpkg-deb, unpack them there first."""
 
@@ -84,13 +84,8 @@ def make(root, vocabulary: int = 4000, packages: str | None = None, seed: int = 
             for left in root.glob(f"{final.name}.*.tmp"):  # of a process that was killed: we hold the lock
                 shutil.rmtree(left)
             with tempfile.TemporaryDirectory(prefix=f"{final.name}.", suffix=".tmp", dir=root) as aside:
-                about = {
-                    "recipe": RECIPE,
-                    "vocabulary": vocabulary,
-                    "seed": seed,
-                    "packages": sources,
-                    "versions": {**versions, "fairseq-fixed": _version("fairseq-fixed")},
-                }
+                about = {"recipe": RECIPE, "vocabulary": vocabulary, "seed": seed, "packages": sources,
+                         "versions": {**versions, "fairseq-fixed": _version("fairseq-fixed")}}
                 _make(Path(aside, "made"), Path(aside), folder, about)
                 os.replace(Path(aside, "made"), final)
             _say(f"made {final}")
@@ -110,37 +105,16 @@ def _make(out, scratch, folder, about):
     prefixes = [argument for name in splits for argument in (f"--{name}pref", str(scratch / f"{name}.bpe"))]
     # In a process of its own: importing fairseq changes Hydra's ConfigStore and the root logger.
     done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "fairseq_cli.preprocess",
-            "--source-lang",
-            "en",
-            "--target-lang",
-            "de",
-            *prefixes,
-            "--destdir",
-            str(out / "data-bin"),
-            "--joined-dictionary",
-            "--workers",
-            "1",
-        ],
-        cwd=scratch,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+        [sys.executable, "-P", "-m", "fairseq_cli.preprocess", "--source-lang", "en", "--target-lang", "de", *prefixes,
+         "--destdir", str(out / "data-bin"), "--joined-dictionary", "--workers", "1"],
+        cwd=scratch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise RuntimeError(
-            f"fairseq-preprocess failed ({done.returncode}); is the fairseq of the extra there? {REMEDY}\n"
-            + (done.stdout + done.stderr)[-2000:]
-        )
+        raise RuntimeError(f"fairseq-preprocess failed ({done.returncode}); is the fairseq of the extra there? {REMEDY}\n"
+                           + (done.stdout + done.stderr)[-2000:])
     (out / "data-bin" / "preprocess.log").unlink()  # this machine's paths and the time of day
     about["pairs"] = {name: len(part) for name, part in splits.items()}
-    about["tokens"] = {
-        language: len((scratch / f"train.bpe.{language}").read_text(encoding="utf-8").split()) for language in LANGUAGES
-    }  # of BPE, in training, without ends of sentences
+    about["tokens"] = {language: len((scratch / f"train.bpe.{language}").read_text(encoding="utf-8").split())
+                       for language in LANGUAGES}  # of BPE, in training, without ends of sentences
     words = (out / "data-bin" / "dict.en.txt").read_text(encoding="utf-8")
     about["dictionary"] = words.count("\n") + 4  # <s>, <pad>, </s> and <unk> are in no file
     (out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -163,10 +137,8 @@ def read(tree):
     for catalogue in sorted(tree.rglob("resource/de/LC_MESSAGES/*.mo")):
         pairs += messages(catalogue.read_bytes(), catalogue)
     if not 0 < pages < len(pairs):
-        raise ValueError(
-            f"{pages} paragraphs of help with a translation and {len(pairs) - pages} messages: the packages are not "
-            f"those of one version of LibreOffice.\n{BY_HAND}"
-        )
+        raise ValueError(f"{pages} paragraphs of help with a translation and {len(pairs) - pages} messages: the packages are not "
+                         f"those of one version of LibreOffice.\n{BY_HAND}")
     return pairs
 
 
@@ -220,13 +192,8 @@ def messages(raw, name="catalogue"):
     try:
         count, *starts = struct.unpack_from(f"{order}3I", raw, 8)
         tables = [struct.unpack_from(f"{order}{2 * count}I", raw, start) for start in starts]  # length, place, length, place, ...
-        keys, targets = (
-            [
-                struct.unpack_from(f"{length}s", raw, at)[0].decode("utf-8").split("\0")[0]
-                for length, at in zip(table[::2], table[1::2], strict=True)
-            ]
-            for table in tables
-        )
+        keys, targets = ([struct.unpack_from(f"{length}s", raw, at)[0].decode("utf-8").split("\0")[0]
+                          for length, at in zip(table[::2], table[1::2], strict=True)] for table in tables)
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is no gettext catalogue ({error}); fetch its package anew") from None
     pairs = []
@@ -297,11 +264,8 @@ def split(pairs, seed):
         raise ValueError(f"{len(pairs)} clean pairs are too few to hold some out: the packages are incomplete.\n{BY_HAND}")
     drawn = random.Random(seed).sample(single, 2 * count)
     held = set(drawn)
-    return {
-        "train": [pair for n, pair in enumerate(pairs) if n not in held],
-        "valid": [pairs[n] for n in drawn[:count]],
-        "test": [pairs[n] for n in drawn[count:]],
-    }
+    return {"train": [pair for n, pair in enumerate(pairs) if n not in held],
+            "valid": [pairs[n] for n in drawn[:count]], "test": [pairs[n] for n in drawn[count:]]}
 
 
 def _bpe(splits, out, scratch, vocabulary):
@@ -317,8 +281,7 @@ def _bpe(splits, out, scratch, vocabulary):
     for name, part in splits.items():
         for side, language in enumerate(LANGUAGES):
             (scratch / f"{name}.bpe.{language}").write_text(
-                "".join(bpe.process_line(pair[2 + side]) + "\n" for pair in part), encoding="utf-8"
-            )
+                "".join(bpe.process_line(pair[2 + side]) + "\n" for pair in part), encoding="utf-8")
             if name != "train":
                 (out / f"{name}.raw.{language}").write_text("".join(pair[side] + "\n" for pair in part), encoding="utf-8")
 
@@ -363,10 +326,8 @@ def _sources(folder):
             raise FileNotFoundError(f"{folder} has no {name}_*.deb.\n{BY_HAND}")
         if len(found) > 1:
             raise ValueError(f"{folder} has {len(found)} versions of {name}; keep one, the same for all three packages")
-    return {
-        name: {"version": urllib.parse.unquote(path.name.split("_")[1]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, (path,) in files.items()
-    }
+    return {name: {"version": urllib.parse.unquote(path.name.split("_")[1]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for name, (path,) in files.items()}
 
 
 def _unpacked(folder, tree):

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-CLASSES = ("china", "flower", "chelsea", "coffee", "astronaut", "ihc", "grass", "gravel", "camera", "brick")
+CLASSES = ("china", "flower", "chelsea", "coffee", "astronaut", "ihc", "grass", "gravel", "camera",
+           "brick")
 RECIPE = 1  # raise it with any change below that changes a byte of the result
 SHORT_SIDE, CELL, SIZE = 420, 64, 32  # pixels
 # Bicubic reaches 2 source pixels, or 2.8 here for the smallest picture (300 -> 420): two pixels that
@@ -59,21 +60,9 @@ def load(root, train=20_000, validation=3_000, seed=0):
     sources = _sources()
     import PIL
 
-    key = [
-        RECIPE,
-        CLASSES,
-        SHORT_SIDE,
-        CELL,
-        SIZE,
-        GUTTER,
-        NOISE,
-        train,
-        validation,
-        seed,
-        np.__version__,
-        PIL.__version__,
-        [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
-    ]
+    key = [RECIPE, CLASSES, SHORT_SIDE, CELL, SIZE, GUTTER, NOISE, train, validation, seed,
+           np.__version__, PIL.__version__,
+           [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = Path(root) / f"photos-{digest}.npz"
     if path.exists():
@@ -151,7 +140,8 @@ def _patches(generator, pictures, labels, tops, lefts):
 def _sources():
     paths = []
     for name in CLASSES:
-        package, folder, ending = ("sklearn", "datasets/images", "jpg") if name in ("china", "flower") else ("skimage", "data", "png")
+        package, folder, ending = (("sklearn", "datasets/images", "jpg")
+                                   if name in ("china", "flower") else ("skimage", "data", "png"))
         # The files are opened by path: skimage.data would want pooch, and might go to the network.
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:

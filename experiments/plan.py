@@ -155,7 +155,9 @@ def rehearse(cfg: DictConfig, task, schedule, steps: int) -> dict:
         "parameters": parameters,
         "messages a worker sends an iteration": messages,
         "bytes a worker sends an iteration": lengths * d * size,
-        "memory of rows, gradients, optimizer, messages (bytes a process)": d * size * (rows * (2 + len(names) + inboxes) + globals_),
+        "memory of rows, gradients, optimizer, messages (bytes a process)": round(
+            d * size * (rows * (2 + len(names) + inboxes) + globals_)
+        ),
         "learning rate first, largest, last": " ".join(
             f"{lr:.4g}" for lr in (schedule(0), max(schedule(s) for s in range(steps)), schedule(steps - 1))
         ),

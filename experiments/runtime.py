@@ -1,10 +1,10 @@
 """Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; results/runtime.csv takes the lines.
 
-Every row is an experiment's own base and outer over rows of the emulated size, one worker a process, over gloo. What a step computes is
-the experiment's model, or a wait as long: then forward takes a third of it, and backward gives gradients, last layer first, evenly over
-the rest, so that whatever overlaps can. A round times `iterations` in a row, each process by its own clock, and nothing but the
-algorithm synchronises them; rows take turns. `compute` is a step that sends nothing. AllReduce averages gradients during backward;
-`ar_sgd_after` and `ar_adam_after` do it when backward is over.
+Every row is an experiment's own base and outer (`slowmo_sgp,outer.tau=12`: with another τ) over rows of the emulated size, one worker a
+process, over gloo. What a step computes is the experiment's model, or a wait as long: then forward takes a third of it, and backward
+gives gradients, last layer first, evenly over the rest, so that whatever overlaps can. A round times `iterations` in a row, each process
+by its own clock, and nothing but the algorithm synchronises them; rows take turns. `compute` is a step that sends nothing. AllReduce
+averages gradients during backward; `ar_sgd_after` and `ar_adam_after` do it when backward is over.
 """
 
 import math
@@ -23,13 +23,13 @@ from omegaconf import DictConfig
 
 import slowmo
 from experiments import folder, network, plan
-from results import runtime
+from results import runtime, seconds
 from results.collect import write
 from slowmo.base import Buckets
 
 
 class Waiting(torch.nn.Module):
-    """`parameters` numbers in equal layers whose forward and backward wait for `seconds` altogether; loss(): one forward's."""
+    """`parameters` numbers in equal layers; a forward pass waits for a third of `seconds`, its backward pass for the rest."""
 
     def __init__(self, parameters: int, seconds: float, layers: int = 32):
         super().__init__()
@@ -70,7 +70,8 @@ def sleep(until: float) -> None:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="runtime")
 def main(cfg: DictConfig) -> None:
     try:
-        experiments = check(cfg.runtime)
+        out = Path(cfg.out)
+        before, experiments = seconds.links(out), check(cfg.runtime)
         if cfg.runtime.network == "emulated":
             command = [sys.executable, "-m", "experiments.runtime", *HydraConfig.get().overrides.task, "runtime.network=up"]
             code = network.inside(cfg.runtime.hosts, cfg.runtime.rate, cfg.runtime.delay, command)
@@ -80,12 +81,10 @@ def main(cfg: DictConfig) -> None:
         lines = network.spawn(
             lambda: measure(cfg.runtime, experiments), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node
         )
-        out = Path(cfg.out)
-        before = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=runtime.MEASURED)
-        lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[runtime.MEASURED]
-        keep = before[~before[runtime.NETWORK].eq(lines[runtime.NETWORK].iloc[0]).all(axis=1)]
+        lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[seconds.MEASURED]
+        keep = before[~before[seconds.NETWORK].eq(lines[seconds.NETWORK].iloc[0]).all(axis=1)]
         write(out, pd.concat([part for part in (keep, lines) if len(part)], ignore_index=True).to_csv(index=False))
-        print(runtime.beside(lines))
+        print(seconds.beside(lines))
         print(f"wrote {out}; python -m results runtime puts it beside the paper and the model")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
@@ -98,6 +97,8 @@ def machine() -> str:
 
 def check(given: DictConfig) -> dict[str, DictConfig]:
     """The config of each row's experiment. ValueError, with the remedy, for what cannot be measured."""
+    if not isinstance(given.warmup, int) or given.warmup < 0 or not given.rows:
+        raise ValueError(f"runtime.warmup={given.warmup}, runtime.rows={given.rows}: a whole number >= 0, and at least one row")
     for name in ("hosts", "node", "iterations", "rounds"):
         if not isinstance(given[name], int) or given[name] < 1:
             raise ValueError(f"runtime.{name}={given[name]}: a whole number >= 1")
@@ -105,6 +106,10 @@ def check(given: DictConfig) -> dict[str, DictConfig]:
         raise ValueError(f"runtime.network={given.network}: choose one of {', '.join(network.NETWORKS)}")
     if given.compute != "task" and not (isinstance(given.compute, (int, float)) and 0 < given.compute < math.inf):
         raise ValueError(f"runtime.compute={given.compute}: seconds, or `task` for the experiment's own model")
+    scaled = isinstance(given.scale, (int, float)) and given.scale > 0
+    if given.compute != "task" and not (scaled and given.data in runtime.TASKS):
+        raise ValueError(f"runtime.data={given.data} runtime.scale={given.scale}: waiting stands for {', '.join(runtime.TASKS)} over a "
+                         "positive scale; for others take runtime.compute=task")  # fmt: skip
     found = {row: experiment(given, row) for row in given.rows}
     for row, cfg in found.items():
         tau = cfg.outer.get("tau")
@@ -115,9 +120,13 @@ def check(given: DictConfig) -> dict[str, DictConfig]:
 
 def experiment(given: DictConfig, row: str) -> DictConfig:
     """The config of a row. ValueError where there is none."""
-    name = f"{given.data}_{row.removesuffix('_after')}"
+    cell, *overrides = row.split(",")
+    name = f"{given.data}_{cell.removesuffix('_after')}"
+    if cell.endswith("_after") and not cell.startswith("ar_") or any(not word.startswith("outer.tau=") for word in overrides):
+        raise ValueError(f"runtime.rows: {row}: a cell's name, of AllReduce also with _after, or with another τ, sgp,outer.tau=12")
+    words = [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides, *overrides]
     try:
-        return hydra.compose("config", [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides])
+        return hydra.compose("config", words)
     except hydra.errors.MissingConfigException:
         raise ValueError(f"no experiment {name}: see configs/experiment") from None
 
@@ -126,27 +135,27 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     """In each process: every row in turn. A line for each row and round: milliseconds an iteration, the mean over processes."""
     torch.set_num_threads(1)
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
+    if given.compute != "task":
+        Buckets.megabytes = runtime.emulated_bucket(given.data, runtime.TASKS[given.data].size / given.scale) / 2**20
     first = next(iter(experiments.values()))
     rows = {"compute": build(given, first, cluster, alone=True)}
     rows |= {row: build(given, cfg, cluster) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
-            mine = timed(algorithm, compute, cluster, given.warmup, given.iterations, early=not row.endswith("_after"))
+            mine = timed(algorithm, compute, cluster, given.warmup, given.iterations, early="_after" not in row)
             times[row].append(statistics.mean(cluster.gather(mine)))
             if cluster.leader:
                 done = (round_ * len(rows) + k + 1) / (given.rounds * len(rows))
                 left = (time.monotonic() - begun) * (1 / done - 1)
                 print(
-                    f"round {round_ + 1}/{given.rounds} {row:28}{1e3 * times[row][-1]:8.1f} ms an iteration, {left / 60:.1f} minutes left",
+                    f"round {round_ + 1}/{given.rounds} {row:32}{1e3 * times[row][-1]:8.1f} ms an iteration, {left / 60:.1f} minutes left",
                     flush=True,
                 )
-    facts = {name: given[name] for name in ("data", "hosts", "node", "rate", "delay")}
-    facts |= {
-        "network": "loopback" if given.network == "loopback" else "emulated",
-        "bytes": rows["compute"][0].rows.numel() * 4,
-        "emulated": given.compute != "task",
-    }
+    facts = {"data": given.data, "hosts": given.hosts, "node": given.node, "network": "loopback", "rate": "-", "delay": "-"}
+    if given.network == "up":
+        facts |= dict(zip(("rate", "delay"), network.up(given.hosts)), network="emulated")
+    facts |= {"bytes": rows["compute"][0].rows.numel() * 4, "emulated": given.compute != "task"}
     return [
         facts | {"row": row, "round": k, "milliseconds": round(1e3 * value, 3)} for row, of in times.items() for k, value in enumerate(of)
     ]
@@ -157,19 +166,19 @@ def build(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bo
     if given.compute == "task":
         task = plan.build(cfg.task)
         model = task.model()
-        batch = next(iter(task.batches(0, cluster.ranks, (cluster.lane, cluster.node))))
-        compute, megabytes = (lambda: task.loss(model, batch).backward()), 25.0
+        batches = list(task.batches(0, cluster.ranks, (cluster.lane, cluster.node)))
+        replicas = slowmo.Replicas(model, cluster, accumulate=len(batches), loss_scale=task.loss_scale)
+
+        def compute():
+            for batch in batches:
+                (task.loss(model, batch) * task.loss_scale).backward()
     else:
-        parameters = runtime.TASKS[given.data].parameters / given.scale
-        model, megabytes = Waiting(round(parameters), given.compute), runtime.emulated_bucket(given.data, 4 * parameters) / 2**20
-        compute = lambda: model().backward()
-    replicas = slowmo.Replicas(model, cluster)
+        model = Waiting(round(runtime.TASKS[given.data].parameters / given.scale), given.compute)
+        replicas, compute = slowmo.Replicas(model, cluster), lambda: model().backward()
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     if alone:
         return slowmo.LocalSGD(replicas, optimizer), compute
     algorithm = plan.build(cfg.base, replicas, optimizer)
-    if algorithm.buckets:
-        algorithm.buckets = Buckets(replicas, algorithm.buckets.inside, megabytes)
     return (plan.build(cfg.outer, algorithm) if cfg.outer.get("_target_") else algorithm), compute
 
 

@@ -38,8 +38,7 @@ from pathlib import Path
 import numpy as np
 
 # A class's name is how Unicode's names of its letters begin.
-CLASSES = tuple(
-    """anatolian_hieroglyph arabic armenian avestan balinese bamum batak bengali bhaiksuki
+CLASSES = tuple("""anatolian_hieroglyph arabic armenian avestan balinese bamum batak bengali bhaiksuki
     brahmi canadian_syllabics carian caucasian_albanian chakma cham cherokee coptic cuneiform_sign
     cypriot cyrillic deseret devanagari dogra duployan egyptian_hieroglyph elbasan ethiopic georgian
     glagolitic grantha greek gujarati gunjala_gondi gurmukhi javanese kaithi kannada khmer khojki
@@ -47,8 +46,7 @@ CLASSES = tuple(
     meroitic miao modi mongolian myanmar new_tai_lue newa nushu nyiakeng_puachue_hmong old_hungarian
     old_permic old_persian old_turkic oriya pahawh_hmong pau_cin_hau phags-pa runic saurashtra sharada
     shavian siddham sinhala soyombo sundanese tai_tham tai_viet takri telugu thaana thai tibetan
-    tifinagh tirhuta vai wancho yezidi yi zanabazar_square""".split()
-)
+    tifinagh tirhuta vai wancho yezidi yi zanabazar_square""".split())
 _FAMILY = {  # where it is not NotoSans and the class's name
     "anatolian_hieroglyph": "NotoSansAnatolianHieroglyphs",
     "canadian_syllabics": "NotoSansCanadianAboriginal",
@@ -56,9 +54,11 @@ _FAMILY = {  # where it is not NotoSans and the class's name
     "egyptian_hieroglyph": "NotoSansEgyptianHieroglyphs",
     "phags-pa": "NotoSansPhagsPa",
     **dict.fromkeys(("cyrillic", "greek", "latin"), "NotoSans"),
-    **{name: "NotoSerif" + name.title().replace("_", "") for name in ("dogra", "nyiakeng_puachue_hmong", "tibetan", "yezidi")},
+    **{name: "NotoSerif" + name.title().replace("_", "")
+       for name in ("dogra", "nyiakeng_puachue_hmong", "tibetan", "yezidi")},
 }
-FONTS = {name: _FAMILY.get(name, "NotoSans" + name.title().replace("_", "")) + "-Regular.ttf" for name in CLASSES}  # the file of each class
+FONTS = {name: _FAMILY.get(name, "NotoSans" + name.title().replace("_", "")) + "-Regular.ttf"
+         for name in CLASSES}  # the file of each class
 RECIPE = 1  # raise it with any change below that changes a byte of the result
 SIZE = 64  # pixels, the side of a picture
 EM = 128  # pixels: letters are drawn at this size, compared at it and then scaled down
@@ -67,16 +67,15 @@ CONTRAST = 80  # of 255: the least difference in brightness between ink and grou
 QUALITY = 90  # of the JPEG files, out of 100
 PACKAGE = "fonts-noto-core"
 INSTALLED = Path("/usr/share/fonts/truetype/noto")  # where Debian's package puts them
-REMEDY = (
-    f"install Debian's package {PACKAGE}, or take the regular Noto Sans and Noto Serif fonts out "
-    "of it or from https://fonts.google.com/noto, and give their folder with data.fonts=FOLDER"
-)
+REMEDY = (f"install Debian's package {PACKAGE}, or take the regular Noto Sans and Noto Serif fonts out "
+          "of it or from https://fonts.google.com/noto, and give their folder with data.fonts=FOLDER")
 _SPLITS = ("train", "val")  # the folders' names
 _LUMA = np.array([0.299, 0.587, 0.114])
-_Y, _X = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j][..., None]
+_Y, _X = np.mgrid[-1:1:SIZE * 1j, -1:1:SIZE * 1j][..., None]
 
 
-def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None = None, seed: int = 0) -> Path:
+def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None = None,
+         seed: int = 0) -> Path:
     """Return the folder with train/<class>/*.jpg and val/<class>/*.jpg, made on the first call.
 
     It is `root`/scripts-<digest>, where the digest stands for the arguments, the font files and the
@@ -93,7 +92,8 @@ def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None =
     """
     for name, count in (("train", train), ("validation", validation)):
         if count < len(FONTS):
-            raise ValueError(f"{name}={count} pictures are fewer than the {len(FONTS)} classes: give at least {name}={len(FONTS)}")
+            raise ValueError(f"{name}={count} pictures are fewer than the {len(FONTS)} classes: give at "
+                             f"least {name}={len(FONTS)}")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: give 0 or more")
     root = Path(root)
@@ -140,7 +140,7 @@ def letters(paths):
     groups = {name: {} for name in paths}
     for user in users.values():
         if len(user) == 1:
-            ((name, character),) = user.items()
+            (name, character), = user.items()
             # Other cases, accented and positional forms stay on the side of their plain letter.
             plain = unicodedata.normalize("NFKD", character).casefold()[0]
             groups[name].setdefault(plain, []).append(character)
@@ -148,7 +148,8 @@ def letters(paths):
     for name, group in groups.items():
         held_out = max(FEWEST, round(len(group) / HELD_OUT))
         if len(group) < 2 * FEWEST:
-            raise ValueError(f"{paths[name]} has {len(group)} letters of {name}, at least {2 * FEWEST} are needed: {REMEDY}")
+            raise ValueError(f"{paths[name]} has {len(group)} letters of {name}, at least {2 * FEWEST} are "
+                             f"needed: {REMEDY}")
         # By a hash, as rows of a code chart have a common vowel or consonant, which a stride may hit.
         order = sorted(group, key=lambda plain: hashlib.sha256(plain.encode()).digest())
         sides = zip(_SPLITS, (order[held_out:], order[:held_out]), strict=True)
@@ -175,9 +176,9 @@ def picture(generator, glyph):
     # Its box in the picture has these half sides, by the inverse; so far may the centre move.
     reach = np.array([abs(d) * width + abs(b) * height, abs(c) * width + abs(a) * height]) / 2
     x, y = SIZE / 2 + uniform(-1, 1, 2) * np.maximum(0, SIZE / 2 - reach)
-    ink = glyph.transform(
-        (SIZE, SIZE), Image.Transform.AFFINE, (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y), Image.Resampling.BICUBIC
-    )
+    ink = glyph.transform((SIZE, SIZE), Image.Transform.AFFINE,
+                          (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y),
+                          Image.Resampling.BICUBIC)
     while True:
         colours = uniform(0, 255, (2, 3))
         if abs(((colours[0] - colours[1]) * _LUMA).sum()) >= CONTRAST:
@@ -254,7 +255,8 @@ def _write(aside, paths, about):
                 done += 1
                 if (now := time.monotonic()) - told >= 5:
                     told, rate = now, done / (now - begin)
-                    print(f"scripts: {done}/{total} pictures, {rate:.0f}/s, {(total - done) / rate:.0f} s left", flush=True)
+                    print(f"scripts: {done}/{total} pictures, {rate:.0f}/s, {(total - done) / rate:.0f} s left",
+                          flush=True)
     used = {name: {side: len(part) for side, part in sides.items()} for name, sides in split.items()}
     about = {"classes": len(paths), **about, "letters": used}
     (aside / "about.json").write_text(json.dumps(about, indent=1))
@@ -271,7 +273,8 @@ def _about(paths, train, validation, seed):
     recipe = [RECIPE, SIZE, EM, HELD_OUT, FEWEST, CONTRAST, QUALITY]
     sums = {name: [path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for name, path in paths.items()}
     pictures = dict(zip(_SPLITS, (train, validation), strict=True))
-    return {"pictures": pictures, "seed": seed, "recipe": recipe, "versions": versions, "fonts_sha256": sums}
+    return {"pictures": pictures, "seed": seed, "recipe": recipe, "versions": versions,
+            "fonts_sha256": sums}
 
 
 def _found(folder):
@@ -317,16 +320,18 @@ def _unpacked(temporary):
         except subprocess.CalledProcessError:
             _run([*apt, *own, "update"], temporary)
             _run([*apt, *own, "download", PACKAGE], temporary)
-        (archive,) = temporary.glob("*.deb")
+        archive, = temporary.glob("*.deb")
         _run(["dpkg-deb", "-x", archive, temporary / "unpacked"], temporary)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or error
-        raise FileNotFoundError(f"the writing systems need Noto fonts, which could not be downloaded ({said}): {REMEDY}") from error
+        raise FileNotFoundError(f"the writing systems need Noto fonts, which could not be downloaded "
+                                f"({said}): {REMEDY}") from error
     return temporary / "unpacked"
 
 
 def _run(command, folder):
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300, env={**os.environ, "LC_ALL": "C"})
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300,
+                   env={**os.environ, "LC_ALL": "C"})
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from results import claims, collect, figures, report, runtime, tables
+from results import claims, collect, figures, report, runtime, seconds, tables
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -26,8 +26,8 @@ def main() -> None:
         one = commands.add_parser(name, help=text)
         one.add_argument("--out", type=Path, default=tables.HERE / "runs.csv", help="the list of runs; what is made lies beside it")
         if name == "runtime":
-            one.add_argument("--nodes", type=_numbers(int), default=runtime.NODES, help="numbers of nodes, like 8,16,32")
-            one.add_argument("--rate", type=_numbers(float), default=runtime.RATES, help="of their links in Gbit/s, like 10,25")
+            one.add_argument("--nodes", type=_numbers(int), help="of other clusters, printed and drawn in clusters/, like 8,16,32")
+            one.add_argument("--rate", type=_numbers(float), help="rates of their links in Gbit/s, like 10,25")
         if name in ("collect", "all"):
             one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
     options = parser.parse_args()
@@ -42,11 +42,15 @@ def main() -> None:
                 collect.write(README, report.readme(README, tables.Runs(out)))
                 print(f"wrote {README}")
             elif name == "runtime":
-                chosen = (options.nodes, options.rate) if options.command == name else ()
-                runtime.main(out.parent, *chosen)
-                figures.clusters(out.parent, *chosen)
+                if options.command == name and (options.nodes or options.rate):
+                    chosen = options.nodes or runtime.NODES, options.rate or runtime.RATES
+                    print("\n\n".join(seconds.clusters(data, *chosen) for data in runtime.TASKS))
+                    figures.clusters(Path("clusters"), *chosen)
+                    continue
+                seconds.main(out.parent)
+                figures.clusters(out.parent / "figures")
                 if (grown := out.parent / "benchmarks/growth.csv").exists():
-                    figures.growth(grown, out.parent)
+                    figures.growth(grown, out.parent / "figures")
             elif name == "claims":
                 claims.main(out, out.parent, again=options.command == "claims")
             else:

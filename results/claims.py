@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from results import seconds
 from results.collect import write
 from results.tables import ACCURACY, BLEU, LOSS, NLL, TEXT, TITLES, Runs, change, interval, sweep, varied
 
@@ -44,10 +45,33 @@ def on_runs(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
+def on_links(lines: pd.DataFrame) -> pd.DataFrame:
+    """What was measured over links decides on cost: changes of an iteration in per cent, paired by round. lines: of runtime.csv."""
+    judged = []
+    for network, part in lines.groupby(seconds.NETWORK, sort=False):
+        where = f"{network[0]} on {'links' if network[1] == 'emulated' else network[1]}"
+        times = part.pivot(index="round", columns="row", values="milliseconds")
+        slow = [row for row in times if row.startswith("slowmo_")]
+
+        def change(row, other, least, most):
+            changes = 100 * (times[row] / times[other] - 1)
+            return row, changes.mean(), interval(changes), least, most, f"{len(changes)} rounds, {network[2]} hosts, {network[4]}"
+
+        claims = [(f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)",
+                   [change(row, row.removeprefix("slowmo_"), -PACE, PACE) for row in slow])]  # fmt: skip
+        for every in (row for row in times if row.startswith("ar_")):
+            when = "after" if every.endswith("_after") else "during"
+            claims.append((f"an iteration with SlowMo costs less than that of AllReduce {when} backward",
+                           [change(row, every, -math.inf, 0) for row in slow]))  # fmt: skip
+        judged += [dict(zip(COLUMNS, (claim, where, *judge(parts)))) for claim, parts in claims if parts]
+    return pd.DataFrame(judged, columns=COLUMNS)
+
+
 def stored(runs: Runs, path: Path = ROOT / "results/claims.csv") -> pd.DataFrame:
     """The verdicts on `runs`, with the computed ones as they were last written down."""
     written = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS)
-    return pd.concat([on_runs(runs), written[written["data"] == "quadratic"]], ignore_index=True)
+    links = on_links(seconds.links(path.with_name("runtime.csv")))
+    return pd.concat([on_runs(runs), links, written[written["data"] == "quadratic"]], ignore_index=True)
 
 
 def decided(judged: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -53,15 +53,15 @@ def main(path: Path, out: Path) -> None:
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
-                save(figure, out, f"{name}_{data}")
+                save(figure, out / "figures", f"{name}_{data}")
                 made.append(f"{name}_{data}")
     print(f"wrote {out / 'figures'}: {', '.join(made) or 'nothing, no runs'}")
 
 
 def save(figure, out: Path, name: str) -> None:
-    """As .pdf and .png into `out`/figures."""
+    """As .pdf and .png into the folder `out`."""
     for kind, facts in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        target = out / "figures" / f"{name}.{kind}"
+        target = out / f"{name}.{kind}"
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_suffix(".partial")
         figure.savefig(aside, format=kind, metadata=facts)
@@ -168,7 +168,7 @@ def beta(data, runs, curves):
 
 
 def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
-    """Modelled iterations against the number of nodes, a panel a rate: `out`/figures/runtime_<data>."""
+    """Modelled iterations against the number of nodes, a panel a rate: `out`/runtime_<data>."""
     with plt.style.context(STYLE):
         for data in runtime.TASKS:
             found = runtime.elsewhere(data, nodes, rates)
@@ -185,7 +185,7 @@ def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
 
 
 def growth(path: Path, out: Path) -> None:
-    """Of benchmarks/growth.csv: `out`/figures/growth."""
+    """Of benchmarks/growth.csv: `out`/growth."""
     lines = pd.read_csv(path)
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))

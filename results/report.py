@@ -7,7 +7,7 @@ import html
 import json
 from pathlib import Path
 
-from results import claims, figures, runtime, tables
+from results import claims, figures, runtime, seconds, tables
 from results.collect import write
 from results.tables import LABELS, SMALL, TITLES, Runs, cells, heading, layout, rule, shown, unanswered
 
@@ -105,9 +105,9 @@ def readme(path: Path, runs: Runs) -> str:
             if key == "claims":
                 made = claims.markdown(claims.stored(runs))
             elif key == "benchmarks":
-                made = runtime.benchmarks(tables.BENCHMARKS)
+                made = seconds.benchmarks(tables.BENCHMARKS)
             elif key == "runtime" and data in runtime.TASKS:
-                made = f"{runtime.against_paper(data)}\n{runtime.on_links(data)}\n"
+                made = f"{seconds.against_paper(data)}\n{seconds.on_links(data, seconds.links())}\n"
             else:
                 chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
                 if not chosen:

@@ -1,6 +1,6 @@
-// A wire with a delay: what enters one end leaves the other MICROSECONDS later, in order.
+// A wire with a delay: what enters one end leaves the other NANOSECONDS later, in order.
 //
-//     delay_wire MICROSECONDS [NAMESPACE DEVICE NAMESPACE DEVICE]...        an end is a TAP device that is made in its namespace
+//     delay_wire NANOSECONDS [NAMESPACE DEVICE NAMESPACE DEVICE]...        an end is a TAP device that is made in its namespace
 //
 // For kernels without netem. Rates are tc's business, on the same devices. Frames pass whole (up to 64 KB, checksums left to the
 // other end), so that a large transfer costs few of them. Every wire has the same delay, so one queue holds all frames in order.
@@ -51,7 +51,7 @@ int main(int count, char **words) {
     static struct pollfd ends[ENDS];
     static char bytes[LARGEST];
     if (count < 6 || (count - 2) % 4 || (count - 2) / 2 > ENDS) return 2;
-    uint64_t delay = strtoull(words[1], 0, 10) * 1000;
+    uint64_t delay = strtoull(words[1], 0, 10);
     int n = 0;
     for (int i = 2; i < count; i += 2) ends[n++] = (struct pollfd){.fd = end(words[i], words[i + 1]), .events = POLLIN};
     puts("ready");

@@ -11,13 +11,13 @@
 # `with` works in namespaces of its own, which the kernel takes away when COMMAND ends, however it ends: two of them never meet.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-wire=/run/slowmo_network.pid # of the delay's process
+state=/run/slowmo_network # wire: the delay's process; facts: what is up
 fail() { echo "emulated_network: $*" >&2; exit 2; }
 usage="usage: scripts/emulated_network.sh up|with --hosts M --rate 1gbit [--delay 0.1ms] [-- COMMAND...] | down"
 
 down() {
-    if [ -s $wire ]; then kill "$(cat $wire)" 2>/dev/null || true; fi
-    rm -f $wire
+    if [ -s $state/wire ] && [ "$(cat "/proc/$(cat $state/wire)/comm" 2>/dev/null)" = delay_wire ]; then kill "$(cat $state/wire)"; fi
+    rm -rf $state/*
     for space in $(ip netns list | awk '$1 ~ /^slowmo([0-9]+|sw)$/ {print $1}'); do ip netns del "$space"; done
 }
 
@@ -25,6 +25,7 @@ up() {
     ! ip netns list | grep -q '^slowmosw\b' || fail "a network is up already: scripts/emulated_network.sh down"
     trap 'down; fail "could not bring the network up, and took away what there was"' ERR
     trap 'down; exit 130' INT TERM
+    mkdir -p $state
     ip netns add slowmosw
     ip -n slowmosw link set lo up
     ip -n slowmosw link add switch type bridge
@@ -33,20 +34,18 @@ up() {
         ip netns add "slowmo$i"
         ip -n "slowmo$i" link set lo up
     done
-    if [ "$microseconds" = 0 ]; then
+    if [ "$nanoseconds" = 0 ]; then
         for i in $(seq 1 "$hosts"); do ip link add eth0 netns "slowmo$i" type veth peer name "port$i" netns slowmosw; done
     else
-        local build wires=()
-        build=$(mktemp -d)
-        cc -O2 -o "$build/delay_wire" "$here/delay_wire.c"
+        local wires=()
+        cc -O2 -o $state/delay_wire "$here/delay_wire.c"
         for i in $(seq 1 "$hosts"); do wires+=("slowmo$i" eth0 slowmosw "port$i"); done
         # two wires lie between two hosts; a real-time priority keeps the delay to the microseconds
-        setsid "$build/delay_wire" $((microseconds / 2)) "${wires[@]}" >"$build/ready" 2>&1 </dev/null &
-        echo $! >$wire
+        setsid $state/delay_wire $((nanoseconds / 2)) "${wires[@]}" >$state/ready 2>&1 </dev/null &
+        echo $! >$state/wire
         chrt -f -p 10 $! 2>/dev/null || true
-        for _ in $(seq 1 100); do [ -s "$build/ready" ] && break || sleep 0.05; done
-        grep -q ready "$build/ready" || { cat "$build/ready" >&2; false; }
-        rm -r "$build"
+        for _ in $(seq 1 100); do [ -s $state/ready ] && break || sleep 0.05; done
+        grep -q ready $state/ready || { cat $state/ready >&2; false; }
     fi
     for i in $(seq 1 "$hosts"); do
         ip -n "slowmo$i" addr add "10.77.0.$i/24" dev eth0
@@ -58,6 +57,7 @@ up() {
         tc -n "slowmo$i" qdisc add dev eth0 root tbf rate "$rate" burst 128kb limit 1mb
         tc -n slowmosw qdisc add dev "port$i" root tbf rate "$rate" burst 128kb limit 1mb
     done
+    echo "$hosts $rate $delay" >$state/facts
     trap - ERR INT TERM
 }
 
@@ -83,10 +83,10 @@ if [ "$verb" = down ]; then
 fi
 [ "$verb" = up ] || [ "$verb" = with ] || fail "$usage"
 [[ $hosts =~ ^[0-9]+$ ]] && [ "$hosts" -ge 2 ] && [ "$hosts" -le 250 ] || fail "--hosts $hosts: a whole number from 2 to 250"
-[[ $rate =~ ^[0-9.]+[kmg]bit$ ]] || fail "--rate $rate: a rate like 200mbit or 1gbit"
-[[ $delay =~ ^[0-9.]+(us|ms)$ ]] || fail "--delay $delay: a time like 0.1ms or 100us"
-microseconds=$(awk -v delay="$delay" 'BEGIN { printf "%d", delay ~ /ms/ ? delay * 1000 : delay }')
-if [ "$microseconds" != 0 ]; then
+[[ $rate =~ ^[0-9]+([.][0-9]+)?[kmg]bit$ ]] || fail "--rate $rate: a rate like 200mbit or 1gbit"
+[[ $delay =~ ^[0-9]+([.][0-9]+)?(us|ms)$ ]] || fail "--delay $delay: a time like 0.1ms or 100us"
+nanoseconds=$(awk -v delay="$delay" 'BEGIN { printf "%.0f", delay * (delay ~ /ms/ ? 1000000 : 1000) }')
+if [ "$nanoseconds" != 0 ]; then
     [ -c /dev/net/tun ] && command -v cc >/dev/null || fail "--delay wants a C compiler and /dev/net/tun. On Debian and Ubuntu: apt install gcc libc6-dev"
 fi
 if [ "$verb" = up ]; then
@@ -96,11 +96,14 @@ fi
 [ "${1-}" = -- ] && [ $# -gt 1 ] || fail "with what? $usage"
 shift
 export -f up down fail
-export here wire hosts rate microseconds
-mkdir -p /run/netns
-exec unshare --net --mount --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
+export here state hosts rate delay nanoseconds
+mkdir -p /run/netns $state
+unshare --net --mount --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
     mount -t tmpfs tmpfs /run/netns
+    mount -t tmpfs tmpfs $state
     ip link set lo up
-    wire=/run/netns/.wire # this network has its own
     up
-    "$@"' with "$@"
+    "$@"' with "$@" <&0 &
+trap 'kill -KILL $! 2>/dev/null; exit 143' TERM # unshare does not hear it
+trap 'kill -KILL $! 2>/dev/null; exit 130' INT
+wait $!

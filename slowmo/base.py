@@ -102,8 +102,8 @@ class LocalSGD:
         """What a worker sends an iteration, on average: (messages, numbers in units of d)."""
         return 0.0, 0.0
 
-    def inboxes(self) -> int:
-        """Blocks `[n, d]` that arrivals take, beside rows and gradients."""
+    def inboxes(self) -> float:
+        """Blocks `[n, d]` that messages take, beside rows and gradients."""
         return 0
 
     def optimizer_rows(self) -> dict[str, torch.Tensor]:
@@ -210,11 +210,15 @@ class SGP(LocalSGD):
         return messages, messages * (self.messages.itemsize / self.rows.element_size() if self.messages else 1)
 
     def inboxes(self):
-        return max(0, self._arriving() - 1)
+        return max(0, self._arriving() - 1) + self._rounded()
 
     def _arriving(self) -> int:
         """The most blocks that arrive in a step."""
         return max(len(self.graph(step)) - 1 for step in range(self.graph.cycle)) * self._gossiped()
+
+    def _rounded(self) -> float:
+        """Blocks that rounding takes: of each message what leaves and what arrives."""
+        return 2 * self._arriving() * self.messages.itemsize / self.rows.element_size() if self.messages else 0
 
     def _gossiped(self) -> int:
         return 1 + (len(self.optimizer_rows()) if self.gossip_buffers else 0)
@@ -291,7 +295,7 @@ class OSGP(SGP):
         self._done()
 
     def inboxes(self):
-        return self._arriving()  # gradients are formed while messages travel: their block is not free
+        return self._arriving() + self._rounded()  # gradients are formed while messages travel: their block is not free
 
     def load(self, rows, shared):
         if self._arrivals is not None:  # a message of the run that is left behind
@@ -326,15 +330,17 @@ class Buckets:
     of the others, so that the wire is busy early.
     """
 
-    def __init__(self, replicas, inside: bool, megabytes: float = 25.0):
+    megabytes = 25.0  # of a bucket, as DDP's
+
+    def __init__(self, replicas, inside: bool):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
-        full, bucket_of, slices = megabytes * 2**20 / 25, {}, []
+        full, bucket_of, slices = self.megabytes * 2**20 / 25, {}, []
         start = stop = replicas.parameters
         for offset, numel in reversed(replicas.slices()):
             start, bucket_of[offset] = offset, len(slices)
             if (stop - start) * replicas.rows.element_size() >= full or offset == 0:
                 slices.append((start, stop))
-                stop, full = start, megabytes * 2**20
+                stop, full = start, self.megabytes * 2**20
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
         self._clear()
         if self.cluster.processes > 1:

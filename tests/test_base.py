@@ -384,14 +384,15 @@ def test_buckets_average_inside_a_worker_of_several_processes():
         assert all(error < 1e-12 and buckets >= 3 for error, buckets, _ in results)
 
 
-def slices_of(megabytes):
+def slices_of():
     replicas = Replicas(Forks(wide=2**15), Cluster(2))
-    return Buckets(replicas, inside=False, megabytes=megabytes).slices, replicas.slices(), replicas.parameters
+    return Buckets(replicas, inside=False).slices, replicas.slices(), replicas.parameters
 
 
 @pytest.mark.parametrize("megabytes", [1e-9, 0.0001, 0.01, 25.0])
-def test_buckets_tile_the_row_from_its_end(megabytes):
-    slices, parameters, total = slices_of(megabytes)
+def test_buckets_tile_the_row_from_its_end(megabytes, monkeypatch):
+    monkeypatch.setattr(Buckets, "megabytes", megabytes)
+    slices, parameters, total = slices_of()
     assert slices[0][1] == total and slices[-1][0] == 0
     assert all(later[1] == earlier[0] for earlier, later in itertools.pairwise(slices))
     assert {start for start, _ in slices} <= {offset for offset, _ in parameters}

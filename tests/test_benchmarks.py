@@ -10,9 +10,9 @@ import pytest
 from test_network import root
 
 from benchmarks import __main__ as table
-from benchmarks import growth, peers, step
+from benchmarks import alone, growth, peers, step
 from experiments import network
-from results import runtime
+from results import seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,10 +23,9 @@ def benchmarks(*words, cwd):
 
 
 def test_every_row_of_the_committed_table_is_one_that_is_measured():
-    rows = {(row.what, row.against) for row in table.rows()}
+    rows = [(row.what, row.against, table.PLACES[row.where]) for row in table.rows()]
     lines = pd.read_csv(ROOT / "results/benchmarks/cpu.csv")
-    assert len(rows) < len(table.rows()) == len(lines)  # some on links and on loopback
-    assert set(zip(lines["what"], lines["against"])) == rows
+    assert list(lines[table.KEY].itertuples(index=False, name=None)) == rows and len(set(rows)) == len(rows)
     assert (lines["low"] <= lines["ratio"]).all() and (lines["ratio"] <= lines["high"]).all()
 
 
@@ -35,12 +34,14 @@ def test_rows_measured_again_take_the_place_of_the_old(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "cpu.csv")
     assert len(lines) == 1 and 0.9 < lines["ratio"][0] < 1.05  # memory is no matter of time: its aim is kept
-    lines.assign(ratio=99.0).to_csv(tmp_path / "cpu.csv", index=False)
+    pd.concat([lines.assign(ratio=99.0), lines.assign(what="no more")]).to_csv(tmp_path / "cpu.csv", index=False)
     done = benchmarks("--only", "process: memory at its peak", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "cpu.csv")
-    assert len(lines) == 3 and (lines["ratio"] < 1.05).all() and done.stdout.count("ok") == 3
-    text = runtime.benchmarks(tmp_path / "cpu.csv")
-    assert text.count("| memory at its peak, ") == 3 and "(!)" not in text.partition("aim missed")[0].removesuffix("(!): ")
+    # OSGP's gradients are formed while a message travels, so that takes a block of its own
+    assert len(lines) == 3 and (lines["ratio"] < [1.05, 1.05, 1.4]).all() and done.stdout.count(": ok") == 2
+    text = seconds.benchmarks(tmp_path / "cpu.csv")
+    assert text.count("| memory at its peak, ") == 3 and text.count("(!) |") == 1
 
 
 @root
@@ -98,6 +99,6 @@ def test_plain_loops_and_rows_compute_the_same_step():
 
 
 def test_growth_is_measured():
-    small, large = (network.spawn(lambda: growth.held(m, 300_000), 1, "loopback") for m in (2, 8))
+    small, large = (network.spawn(lambda: alone.held("sgp", m, 300_000), 1, "loopback") for m in (2, 8))
     assert 3 < large / small < 5  # rows, gradients, momentum
     assert growth.step(2, 1000) > 0

@@ -150,3 +150,18 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs():
     written_down = pd.read_csv(tables.HERE / "claims.csv", dtype=str, keep_default_na=False)
     now = claims.on_runs(runs).fillna("").astype(str)
     assert written_down[written_down["data"] != "quadratic"].reset_index(drop=True).equals(now), "python -m results claims"
+
+
+def test_cost_is_judged_on_links():
+    """Paired by round: a machine that slows down in the second round changes nothing."""
+    times = {"sgp": (100, 200, 100.1), "slowmo_sgp": (101, 202, 101.2), "osgp": (90, 180, 90), "slowmo_osgp": (91, 182.1, 91),
+             "ar_sgd": (95, 190, 95), "ar_sgd_after": (150, 300, 150)}  # fmt: skip
+    facts = {"data": "imagenet", "network": "emulated", "hosts": 8, "node": 1, "rate": "400mbit", "delay": "0ms"}
+    made = pd.DataFrame([facts | {"row": row, "round": k, "milliseconds": ms} for row, of in times.items() for k, ms in enumerate(of)])
+    judged = claims.on_links(made).set_index("claim")
+    assert set(judged["data"]) == {"imagenet on links"}
+    same = judged.loc["an iteration with SlowMo costs what its base's does (within 5%)"]
+    assert same["verdict"] == "supported" and "slowmo_sgp +1.03" in same["evidence"] and "3 rounds, 8 hosts, 400mbit" in same["runs"]
+    assert judged.loc["an iteration with SlowMo costs less than that of AllReduce after backward"]["verdict"] == "supported"
+    assert judged.loc["an iteration with SlowMo costs less than that of AllReduce during backward"]["verdict"] == "contradicted"
+    assert claims.on_links(made[:0]).empty

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import network
-from results import runtime
+from results import runtime, seconds
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/emulated_network.sh"
@@ -57,7 +57,8 @@ def test_links_have_their_rate_and_delay(delay, tmp_path):
 
 
 @root
-def test_a_network_of_its_own_ends_with_its_command(tmp_path):
+@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGINT])
+def test_a_network_of_its_own_ends_with_its_command(ended):
     done = script("with", "--hosts", "2", "--rate", "1gbit", "--", "sh", "-c", "ip netns list; exit 7")
     assert done.returncode == 7 and sorted(line.split()[0] for line in done.stdout.splitlines()) == ["slowmo1", "slowmo2", "slowmosw"]
     mark = f"sleep 97.{os.getpid()}"
@@ -67,7 +68,7 @@ def test_a_network_of_its_own_ends_with_its_command(tmp_path):
     while not alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert alive()
-    child.send_signal(signal.SIGKILL)
+    child.send_signal(ended)
     child.wait()
     while alive() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -82,7 +83,6 @@ def test_up_and_down():
         {SCRIPT} up --hosts 2 --rate 1gbit && ip netns list
         {SCRIPT} up --hosts 2 --rate 1gbit; echo again $?
         {SCRIPT} down; echo down $? $(ip netns list)
-        PATH={ROOT}/tests/none:$PATH
         tc() {{ return 1; }}; export -f tc
         {SCRIPT} up --hosts 2 --rate 1gbit; echo broken $? $(ip netns list)"""
     done = subprocess.run(
@@ -123,11 +123,16 @@ def test_spawned_processes_answer_or_fail_loudly():
             raise ValueError("one of them")
         time.sleep(60)
 
+    def dies():
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="process 1: [^$]*ValueError: one of them"):
         network.spawn(fails, 2, "loopback")
     with pytest.raises(RuntimeError, match="process 0: it was killed"):
-        network.spawn(lambda: os.kill(os.getpid(), signal.SIGKILL), 1, "loopback")
+        network.spawn(dies, 3, "loopback")  # the others hold nothing of its open
     assert time.monotonic() - begun < 50
 
 
@@ -142,12 +147,28 @@ def test_every_row_of_table_2_is_measured(tmp_path):
     done = measure("runtime.network=loopback", "runtime.rounds=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "runtime.csv")
-    assert list(lines.columns) == runtime.MEASURED and set(lines["row"]) == {"compute", "ar_sgd_after", *runtime.paper("imagenet")}
+    more = ("local_sgd,outer.tau=48", "slowmo_local_sgd,outer.tau=48", "slowmo_osgp,outer.tau=12", "slowmo_sgp,outer.tau=12")
+    assert list(lines.columns) == seconds.MEASURED and set(lines["row"]) == {"compute", "ar_sgd_after", *runtime.paper("imagenet"), *more}
     assert (lines["milliseconds"] >= 2).all() and set(lines["round"]) == {0, 1} and (lines["network"] == "loopback").all()
     assert "round 2/2 double_averaging_local_sgd" in done.stdout and "| OSGP + SlowMo |" in done.stdout
-    again = measure("runtime.network=loopback", "runtime.rounds=1", "runtime.rows=[osgp]", cwd=tmp_path)
+    again = measure("runtime.network=loopback", "runtime.rounds=1", "runtime.rows=['slowmo_osgp,outer.tau=12']", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert set(pd.read_csv(tmp_path / "runtime.csv")["row"]) == {"compute", "osgp"}  # the same network: replaced
+    assert set(pd.read_csv(tmp_path / "runtime.csv")["row"]) == {"compute", "slowmo_osgp,outer.tau=12"}  # the same network: replaced
+
+
+@root
+@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL])
+def test_a_measurement_that_is_ended_leaves_nothing_behind(ended, tmp_path):
+    command = [sys.executable, "-m", "experiments.runtime", f"out={tmp_path}/runtime.csv", "runtime.hosts=2"]
+    child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert "round 1/3 compute" in child.stdout.readline()
+    child.send_signal(ended)
+    child.wait()
+    alive = lambda: subprocess.run(["pgrep", "-f", f"experiments.runtime out={tmp_path}"], capture_output=True, text=True).stdout
+    deadline = time.monotonic() + 20
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()
 
 
 @root
@@ -158,6 +179,7 @@ def test_measuring_on_links(tmp_path):
     done = measure("runtime.rows=[sgp,ar_sgd]", "runtime.rounds=1", "runtime.node=2", "runtime.delay=0.2ms", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "runtime.csv")
+    assert set(lines["delay"]) == {"-", "0.2ms"} and set(lines["rate"]) == {"-", "400mbit"}
     assert list(lines["data"]) == ["wmt16"] * 2 + ["imagenet"] * 3 and set(lines["network"]) == {"loopback", "emulated"}
     assert list(lines["node"]) == [1, 1, 2, 2, 2]
 
@@ -170,6 +192,10 @@ def test_measuring_on_links(tmp_path):
         (["runtime.compute=fast"], "seconds, or `task`"),
         (["runtime.iterations=24"], "averages every 48, choose a multiple"),
         (["runtime.rows=[sgd]"], "no experiment imagenet_sgd"),
+        (["runtime.rows=[sgp_after]"], "of AllReduce also with _after"),
+        (["runtime.rows=[]"], "at least one row"),
+        (["runtime.scale=0"], "a positive scale"),
+        (["runtime.network=up"], "no network is up"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(overrides, remedy, tmp_path):
