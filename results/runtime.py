@@ -33,7 +33,7 @@ from results.tables import CONFIGS, LABELS, TEXT, published
 PAYLOAD = 1448 / 1514  # TCP over frames of 1500 bytes
 INSIDE = 1.2e12  # bits a second between the processes of a node: the NVLinks of a V100
 LATENCY = 50e-6  # of 10 Gbit/s Ethernet through a switch, with TCP
-BUCKET = 25 * 2**20  # bytes; the first is a 25th of it
+BUCKET = 25 * 2**20  # bytes
 CLOSE = 0.15
 NODES, RATES = tuple(2**k for k in range(3, 13)), (10, 25, 100, 400)
 SHOWN = {False: ("slowmo_local_sgd", "slowmo_sgp", "slowmo_osgp"), True: ("slowmo_local_adam", "slowmo_sgp")}
@@ -121,9 +121,8 @@ def iteration(run: str, compute: float, size: float, links: Links, early: bool =
         if sent["base"] == "osgp":
             waited = waited * max(0, 1 - compute / waited.sum())
     elif sent["base"] == "allreduce":
-        parts = [min(size, bucket / 25)]
-        parts += [min(bucket, size - parts[0] - k * bucket) for k in range(math.ceil((size - parts[0]) / bucket))]
-        costs = [links.allreduce(part, tree) for part in (parts if early else [size])]
+        parts = buckets(size, bucket) if early else [size]
+        costs = [links.allreduce(part, tree) for part in parts]
         done = ready = compute / 3
         for part, cost in zip(parts, costs):
             ready += part / size * 2 / 3 * compute
@@ -133,6 +132,16 @@ def iteration(run: str, compute: float, size: float, links: Links, early: bool =
     if sent["tau"]:
         averaged = sent["averaged"] * links.average(size, tree) / sent["tau"]
     return dict(zip(("compute", "bytes", "latency", "bytes of averages", "latency of averages"), map(float, (compute, *waited, *averaged))))
+
+
+def buckets(size: float, full: float = BUCKET) -> list[float]:
+    """Bytes of AllReduce's buckets, as slowmo/base.py makes them: the first is small, the last two are halves."""
+    parts, left, least = [], size, full / 25
+    while left >= 1:
+        parts.append(min(left, least))
+        left -= parts[-1]
+        least = min(full, max(left, full) / 2)
+    return parts
 
 
 def seconds(*arguments, **options) -> float:

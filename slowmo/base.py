@@ -326,21 +326,21 @@ class Buckets:
 
     Gradients are slices of one row, so a bucket is a contiguous slice: nothing is copied (with n > 1 rows here, their sum `[1, d]` is
     formed and sent). Buckets are closed at parameter boundaries, from the end of the row, which backward reaches first, and go out
-    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up. The first is a 25th
-    of the others, so that the wire is busy early.
+    in that order on every process, whatever order gradients arrive in; a gradient that never comes holds nothing up. The first is small,
+    so that the wire is busy early; the last two are halves, because no computation hides the last.
     """
 
     megabytes = 25.0  # of a bucket, as DDP's
 
     def __init__(self, replicas, inside: bool):
         self.replicas, self.cluster, self.inside = replicas, replicas.cluster, inside
-        full, bucket_of, slices = self.megabytes * 2**20 / 25, {}, []
-        start = stop = replicas.parameters
-        for offset, numel in reversed(replicas.slices()):
-            start, bucket_of[offset] = offset, len(slices)
-            if (stop - start) * replicas.rows.element_size() >= full or offset == 0:
-                slices.append((start, stop))
-                stop, full = start, self.megabytes * 2**20
+        full, bucket_of, slices = self.megabytes * 2**20 / replicas.rows.element_size(), {}, []
+        stop, least = replicas.parameters, full / 25
+        for offset, _ in reversed(replicas.slices()):
+            bucket_of[offset] = len(slices)
+            if stop - offset >= least or offset == 0:
+                slices.append((offset, stop))
+                stop, least = offset, min(full, max(offset, full) / 2)
         self.slices, self.bucket_of, self.armed = slices, bucket_of, False
         self._clear()
         if self.cluster.processes > 1:

@@ -1,6 +1,7 @@
 """Emulated links, and the measurement of Table 2 over them: real namespaces and real processes. What wants root is skipped without."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 import torch
 
 from experiments import network
+from experiments import runtime as measuring
 from results import runtime, seconds
 
 ROOT = Path(__file__).parent.parent
@@ -159,9 +162,10 @@ def test_every_row_of_table_2_is_measured(tmp_path):
 @root
 @pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL])
 def test_a_measurement_that_is_ended_leaves_nothing_behind(ended, tmp_path):
-    command = [sys.executable, "-m", "experiments.runtime", f"out={tmp_path}/runtime.csv", "runtime.hosts=2"]
+    command = [sys.executable, "-m", "experiments.runtime", f"out={tmp_path}/runtime.csv", "runtime.hosts=2", "runtime.compute=0.002",
+               "runtime.scale=1000", "runtime.rows=[osgp]", "runtime.rounds=100000"]  # fmt: skip
     child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    assert "round 1/3 compute" in child.stdout.readline()
+    assert "round 1/100000 compute" in child.stdout.readline()
     child.send_signal(ended)
     child.wait()
     alive = lambda: subprocess.run(["pgrep", "-f", f"experiments.runtime out={tmp_path}"], capture_output=True, text=True).stdout
@@ -195,9 +199,18 @@ def test_measuring_on_links(tmp_path):
         (["runtime.rows=[sgp_after]"], "of AllReduce also with _after"),
         (["runtime.rows=[]"], "at least one row"),
         (["runtime.scale=0"], "a positive scale"),
-        (["runtime.network=up"], "no network is up"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(overrides, remedy, tmp_path):
-    done = measure(*overrides, cwd=tmp_path)
-    assert done.returncode == 1 and remedy in done.stderr and not (tmp_path / "runtime.csv").exists()
+def test_what_cannot_be_measured_is_refused(overrides, remedy):
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with pytest.raises(ValueError, match=re.escape(remedy)):
+            measuring.check(hydra.compose("runtime", overrides).runtime)
+
+
+def test_a_refusal_is_one_line_and_writes_nothing(tmp_path):
+    done = measure("runtime.network=up", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: no network is up: scripts/emulated_network.sh up")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    (tmp_path / "runtime.csv").write_text("a,b\n1,2\n")
+    done = measure("runtime.network=loopback", cwd=tmp_path)
+    assert done.returncode == 1 and "move it away" in done.stderr  # before a quarter of an hour, not after

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import slowmo
 from results import runtime
 from results import seconds as report
 from results.runtime import Links, algorithm, iteration, seconds
+from slowmo.base import Buckets
 
 ROOT = Path(__file__).parent.parent
 # a link that carries 1 MB of payload in a second, one tenth of a second away, and processes that are nodes
@@ -40,9 +43,23 @@ def test_iterations_by_hand():
     assert of("osgp") == pytest.approx(3) and seconds("imagenet_osgp", 0.5, MB, SLOW) == pytest.approx(1.1)
     assert of("double_averaging_sgp") == pytest.approx(3 + 2 * 1.1 + 2 * ring / 48)
     assert of("ar_sgd") == pytest.approx(3 + ring)
-    # during backward, 1 to 3: buckets of 0.1 and 0.9 MB are there at 1.2 and 3, and take 0.75 and 1.95
-    assert of("ar_sgd", early=True, bucket=2.5 * MB) == pytest.approx(3 + 1.95)
+    # during backward, 1 to 3: these buckets are there at 1.04, 2.02, 2.52 and 3, and take 0.63, 1.335, 0.975 and 0.96
+    assert runtime.buckets(MB, 0.5 * MB) == pytest.approx([0.02 * MB, 0.49 * MB, 0.25 * MB, 0.24 * MB])
+    assert of("ar_sgd", early=True, bucket=0.5 * MB) == pytest.approx(2.02 + 1.335 + 0.975 + 0.96)
     assert of("ar_sgd", early=True, bucket=25 * MB) == pytest.approx(3 + ring)  # one bucket
+
+
+def test_buckets_are_those_of_the_algorithm():
+    """Many small parameters, so that boundaries lie where they should."""
+    model = torch.nn.ParameterList(torch.zeros(10) for _ in range(1000))
+    made = Buckets(slowmo.Replicas(model, slowmo.Cluster(1)), inside=False).slices
+    assert made == [(0, 10000)]  # all of it is smaller than a first bucket
+
+    class Small(Buckets):
+        megabytes = 8000 / 2**20
+
+    made = [4 * (stop - start) for start, stop in Small(slowmo.Replicas(model, slowmo.Cluster(1)), inside=False).slices]
+    assert made == pytest.approx(runtime.buckets(40000, 8000), abs=80)
 
 
 def test_terms_add_up_to_what_is_waited_for():
