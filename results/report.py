@@ -20,7 +20,10 @@ def main(path: Path, out: Path) -> None:
     """Write report.html into `out`."""
     runs = Runs(path)
     curves = figures.Curves(path, runs)
-    parts = ["<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs)]
+    parts = ["<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs), "<h2>Seconds of an iteration</h2>"]
+    measured = seconds.links(path.with_name("runtime.csv"))
+    for data in runtime.TASKS:
+        parts += [f"<h3>{html.escape(TITLES[data])}</h3>", marked(seconds.against_paper(data)), marked(seconds.on_links(data, measured))]
     for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
         parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
         parts += [section(table, runs) for table in layout(data)]
@@ -51,6 +54,19 @@ def section(table, runs: Runs) -> str:
     return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
 
 
+def marked(text: str) -> str:
+    """Tables and paragraphs of Markdown."""
+    out = []
+    for block in text.strip().split("\n\n"):
+        lines = [line.split("|")[1:-1] for line in block.splitlines()] if block.startswith("|") else []
+        rows = ["".join(f"<{tag}>{html.escape(word.strip())}</{tag}>" for word in line)
+                for line, tag in zip(lines[:1] + lines[2:], ["th", *["td"] * len(lines)])]  # fmt: skip
+        out.append(
+            f"<div class=wide><table><tr>{'</tr><tr>'.join(rows)}</tr></table></div>" if rows else f"<p class=rule>{html.escape(block)}</p>"
+        )
+    return "".join(out)
+
+
 def _code(text: str) -> str:
     return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
 
@@ -77,10 +93,8 @@ def plots(runs: Runs, curves) -> str:
             if found.empty:
                 continue
             style = figures.styled(cell, data)
-            seconds, how = figures.clock(data, cell, found)
-            series = {"epochs": found["epoch"].round(4).tolist()} | (
-                {how: [round(float(s), 2) for s in seconds]} if seconds is not None else {}
-            )
+            times, how = figures.clock(data, cell, found)
+            series = {"epochs": found["epoch"].round(4).tolist(), how: [round(float(s), 2) for s in times]}
             for name in MEASURES:
                 if name in found and found[name].notna().all():
                     series[name] = found[name].round(5).tolist()
