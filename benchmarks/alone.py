@@ -59,13 +59,17 @@ def memory(rounds, base="sgp", m=32, d=2_000_000):
 def held(base: str, m: int, d: int) -> int:
     """Bytes at the peak of some steps, less what the process held before."""
     torch.set_num_threads(1)
-    model = torch.nn.Module()
-    model.x = torch.nn.Parameter(torch.zeros(d))
-    warm = torch.zeros(64, 64)
-    (warm @ warm).sum()  # what the first computation loads
+    _some_steps(base, 2, 16)  # what the first steps load
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak from here
     before = _kilobytes("VmHWM")
+    _some_steps(base, m, d)
+    return (_kilobytes("VmHWM") - before) * 1024
+
+
+def _some_steps(base: str, m: int, d: int) -> None:
+    model = torch.nn.Module()
+    model.x = torch.nn.Parameter(torch.zeros(d))
     replicas = slowmo.Replicas(model, slowmo.Cluster(m))
     kinds = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
     optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, fused=True)
@@ -74,7 +78,6 @@ def held(base: str, m: int, d: int) -> int:
         algorithm.start()
         replicas.rows.grad.fill_(1e-3)
         algorithm.step()
-    return (_kilobytes("VmHWM") - before) * 1024
 
 
 def _kilobytes(name: str) -> int:
