@@ -9,6 +9,7 @@ import functools
 import inspect
 import statistics
 import time
+import warnings
 from unittest import mock
 
 import torch
@@ -58,9 +59,10 @@ class Side:
             self.model, self.inputs = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE), ()
             Buckets.megabytes = 25 * MEGABYTES / 102.2
         else:
-            self.model = ResNet([2, 2, 2, 2], 64)
+            as_runs_do = {"memory_format": torch.channels_last}
+            self.model = ResNet([2, 2, 2, 2], 64).to(**as_runs_do)
             torch.manual_seed(1 + self.cluster.process)
-            self.inputs, self.y = (torch.randn(16, 3, 32, 32),), torch.randint(0, 10, (16,))
+            self.inputs, self.y = (torch.randn(16, 3, 32, 32).contiguous(**as_runs_do),), torch.randint(0, 10, (16,))
 
     def loss(self, model) -> torch.Tensor:
         out = model(*self.inputs)
@@ -126,6 +128,7 @@ def local_sgd(link, rounds, tau=12):
 
 def fairscale(link, rounds, base="localsgd", tau=12):
     """SlowMoDistributedDataParallel insists on CUDA's streams; on a CPU they are nothing. The patches end with this process."""
+    warnings.simplefilter("ignore", FutureWarning)  # of fairscale's own calls of torch
     from fairscale.experimental.nn.data_parallel import SlowMoDistributedDataParallel
 
     side = Side(link)
