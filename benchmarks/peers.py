@@ -51,7 +51,7 @@ class Side:
     On links computation is a wait, so that two cores can carry several hosts: half of ImageNet's in the paper, for half of its bytes.
     """
 
-    def __init__(self, link: float | None):
+    def __init__(self, link: float | None, memory_format=torch.channels_last):
         torch.set_num_threads(1)
         self.cluster, self.link = slowmo.Cluster(timeout=120.0), link
         torch.manual_seed(0)
@@ -59,10 +59,9 @@ class Side:
             self.model, self.inputs = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE), ()
             Buckets.megabytes = 25 * MEGABYTES / 102.2
         else:
-            as_runs_do = {"memory_format": torch.channels_last}
-            self.model = ResNet([2, 2, 2, 2], 64).to(**as_runs_do)
+            self.model = ResNet([2, 2, 2, 2], 64).to(memory_format=memory_format)
             torch.manual_seed(1 + self.cluster.process)
-            self.inputs, self.y = (torch.randn(16, 3, 32, 32).contiguous(**as_runs_do),), torch.randint(0, 10, (16,))
+            self.inputs, self.y = (torch.randn(16, 3, 32, 32).contiguous(memory_format=memory_format),), torch.randint(0, 10, (16,))
 
     def loss(self, model) -> torch.Tensor:
         out = model(*self.inputs)
@@ -131,7 +130,7 @@ def fairscale(link, rounds, base="localsgd", tau=12):
     warnings.simplefilter("ignore", FutureWarning)  # of fairscale's own calls of torch
     from fairscale.experimental.nn.data_parallel import SlowMoDistributedDataParallel
 
-    side = Side(link)
+    side = Side(link, torch.contiguous_format)  # fairscale knows no other
     kind = slowmo.LocalSGD if base == "localsgd" else slowmo.SGP
     ours = side.ours(kind, functools.partial(slowmo.SlowMo, tau=tau, beta=0.6, buffers="maintain"))
     for name in ("synchronize", "current_stream", "Stream", "stream"):
