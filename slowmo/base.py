@@ -33,6 +33,7 @@ class LocalSGD:
         _check_optimizer(optimizer, replicas.rows)
         self.replicas, self.optimizer, self.cluster, self.rows = replicas, optimizer, replicas.cluster, replicas.rows
         self._fresh = _copied(optimizer.state.get(replicas.rows, {}))  # not empty for Adagrad, which fills it before the first step
+        self._zeros = not self._fresh and _zeros_are_fresh(optimizer)
         self.steps = 0  # finished steps; never restarts
         self.u = None  # no slow momentum
         buckets = self._everybody and self.cluster.size > 1 or self.cluster.node > 1
@@ -64,7 +65,9 @@ class LocalSGD:
             raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
         self.rows.copy_(x)
         self.replicas.publish()
-        if buffers == "reset":
+        if buffers == "reset" and self._zeros:  # in place: memory given back and taken anew costs more than the rest of a slow step
+            _zero(self.optimizer.state.get(self.rows, {}))
+        elif buffers == "reset":
             self.optimizer.state.clear()
             if self._fresh:
                 self.optimizer.state[self.rows] = _copied(self._fresh)
@@ -398,6 +401,37 @@ def _add(block: torch.Tensor, share, arrival: torch.Tensor) -> None:
     block.add_(arrival, alpha=share) if not isinstance(share, torch.Tensor) else block.addcmul_(arrival, share)
 
 
+def _twin(optimizer: torch.optim.Optimizer, parameters: list) -> torch.optim.Optimizer:
+    """Another optimizer that computes the same on a CPU."""
+    kernels = ("fused", "foreach", "capturable")  # how it is computed, not what
+    twin = type(optimizer)(parameters, lr=0.1)
+    twin.param_groups[0].update({k: v for k, v in optimizer.param_groups[0].items() if k != "params" and k not in kernels} | {"lr": 0.1})
+    return twin
+
+
+def _zeros_are_fresh(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state of zeros steps exactly as one that is not there yet: with Adam, and with SGD without dampening."""
+    ends = []
+    for zeros in (True, False):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+        twin = _twin(optimizer, [p])
+        for step in range(4):
+            if step == 2 and zeros:
+                _zero(twin.state[p])
+            elif step == 2:
+                twin.state.clear()
+            p.grad = (1 - 0.7 * step) * p.detach() ** 2
+            twin.step()
+        ends.append(p.detach())
+    return all(isinstance(value, torch.Tensor) for value in twin.state[p].values() if value is not None) and torch.equal(*ends)
+
+
+def _zero(state: dict) -> None:
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+
+
 def _copied(state: dict) -> dict:
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
@@ -415,15 +449,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> No
         raise ValueError("the optimizer must hold one parameter, the block of rows: torch.optim.SGD([replicas.rows], lr=...)")
     name = type(optimizer).__name__
     remedy = f"{name} is not elementwise, it would mix workers: choose one that is (SGD, Adam, AdamW, RMSprop, Adagrad, ...)"
-    kernels = ("fused", "foreach", "capturable")  # how it is computed, not what
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params" and k not in kernels} | {"lr": 0.1}
     start = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]], dtype=torch.float64)
     results = []
     try:
         for pieces in ([start], list(start.reshape(-1, 1, 1))):
             pieces = [torch.nn.Parameter(piece.clone()) for piece in pieces]
-            twin = type(optimizer)(pieces, lr=0.1)
-            twin.param_groups[0].update(options)
+            twin = _twin(optimizer, pieces)
             for scale in (1.0, -0.3):
                 for p in pieces:
                     p.grad = scale * p.detach() ** 2

@@ -511,6 +511,40 @@ def test_reset_gives_back_what_an_optimizer_starts_with():
         assert (algorithm.optimizer_rows()["sum"] == 2).all()
 
 
+@pytest.mark.parametrize(
+    "make, zeros",
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), False),  # its first step takes the whole gradient
+        (lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.1), True),
+        (lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=2.0), False),
+        (lambda p: torch.optim.Rprop(p, lr=0.1), False),  # its step sizes start from lr
+    ],
+)
+def test_a_reset_keeps_the_memory_where_zeros_are_a_fresh_state(make, zeros):
+    """And either way the steps after it are those of a new optimizer, bit by bit."""
+    replicas, algorithm = build(quadratic(2), 2, "local_sgd", lambda rows: make([rows]))
+
+    def steps():
+        for k in range(2):
+            replicas.rows.grad.copy_(replicas.rows.detach().cos() * (k - 0.3))
+            algorithm.step(0.1)
+        return replicas.rows.detach().clone()
+
+    steps()
+    before = {name: block.data_ptr() for name, block in algorithm.optimizer_rows().items()}
+    x = replicas.rows.detach()[:1].clone()
+    algorithm.restart(x, "reset")
+    after = steps()
+    same = {name: block.data_ptr() == before[name] for name, block in algorithm.optimizer_rows().items()}
+    assert all(same.values()) if zeros else algorithm._zeros is False
+    replicas.rows.detach().copy_(x)
+    algorithm.optimizer = make([replicas.rows])
+    assert torch.equal(steps(), after)
+
+
 def test_osgp_sends_and_arms_before_the_gradients():
     replicas, algorithm = build(quadratic(4), 4, "osgp")
     calls, shift = [], replicas.cluster.shift
