@@ -2,8 +2,8 @@
 
     python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv]
 
-Emulated links want root (scripts/emulated_network.sh); --only loopback, --only process leave them out. All of it takes a quarter of an
-hour on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
+Emulated links want root (scripts/emulated_network.sh); --only loopback, --only process leave them out. All of it takes twenty
+minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
 down when it is measured, and what was not measured now stays.
 """
 

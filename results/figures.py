@@ -180,7 +180,7 @@ def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
                 axis.set_xscale("log", base=2)
                 axis.set(xlabel="nodes", title=f"{rate:g} Gbit/s")
             axes[0][0].set_ylabel("ms an iteration, modelled")
-            axes[0][0].legend()
+            axes[0][-1].legend()  # where lines lie low
             save(titled(figure, data, ""), out, f"runtime_{data}")
 
 

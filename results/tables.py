@@ -53,6 +53,8 @@ NOTES = {
         "0.9 half of its strength (the mean of 1 − 0.9^k over a round is 0.46), about what β = 0.4 gives back; with buffers "
         "kept SlowMo lowers SGP's training loss too, see *buffers varied*. AR-SGD is best here, in the paper behind SGP: see "
         "*How far SGP is from AR-SGD*.",
+        "messages": "Half of the bytes: what workers send each other is rounded to 8 bits of mantissa, exact averages are not. No "
+        "difference beyond that between seeds.",
         "distance": "A larger batch a worker, nearer to the paper's 128, does not bring SGP nearer; more iterations do: AR-SGD fits its "
         "training set first, and then its NLL rises. The paper's runs go on until the training loss is 0.002. One seed each.",
     },

@@ -99,6 +99,6 @@ def test_plain_loops_and_rows_compute_the_same_step():
 
 
 def test_growth_is_measured():
-    small, large = (network.spawn(lambda: alone.held("sgp", m, 500_000), 1, "loopback") for m in (2, 8))
-    assert (large - small) / (4 * 500_000 * 6) == pytest.approx(3, rel=0.1)  # six more rows, gradients, momenta
+    small, large = (network.spawn(lambda: alone.held("sgp", m, 2_000_000), 1, "loopback") for m in (2, 8))
+    assert (large - small) / (4 * 2_000_000 * 6) == pytest.approx(3, rel=0.1)  # six more rows, gradients, momenta
     assert growth.step(2, 1000) > 0

@@ -60,7 +60,7 @@ def test_wanted_runs_come_seed_after_seed_and_once():
     reproduce = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(reproduce)
     jobs = reproduce.wanted(["table1", "ablations"], ("photos",), None)
-    assert len(set(jobs)) == len(jobs) == 84 and [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
+    assert len(set(jobs)) == len(jobs) == 96 and [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
     assert len(reproduce.wanted(["table1"], ("ende",), None)) == 15 and len(reproduce.wanted(["table1"], ("ende",), [7])) == 5
     assert ("photos_slowmo_sgp,outer.tau=96", 3) in jobs and ("photos_slowmo_sgp,outer.tau=96", 4) not in jobs
 

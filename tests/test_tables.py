@@ -13,7 +13,7 @@ import yaml
 from listed import lines, written
 from scipy import stats
 
-from results import report, runtime, tables
+from results import report, seconds, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -213,7 +213,7 @@ def test_what_is_committed_is_what_the_runs_give(tmp_path):
         assert (tmp_path / name).read_text() == (results / name).read_text(), f"{name}: python -m results all"
     shutil.copytree(results / "benchmarks", tmp_path / "benchmarks")
     shutil.copy(results / "runtime.csv", tmp_path)
-    runtime.main(tmp_path)
+    seconds.main(tmp_path)
     assert (tmp_path / "runtime.md").read_text() == (results / "runtime.md").read_text(), "python -m results runtime"
     assert report.readme(ROOT / "README.md", tables.Runs(results / "runs.csv")) == (ROOT / "README.md").read_text(), (
         "python -m results readme"
