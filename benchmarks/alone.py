@@ -7,21 +7,25 @@ from torch.nn import functional as F
 
 import slowmo
 from benchmarks import step
+from benchmarks.peers import KINDS
 from experiments.cifar10 import ResNet
 from slowmo.together import Together
 
 
+def _eight_workers(rounds) -> dict[str, list[float]]:
+    torch.set_num_threads(1)
+    return step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
+
+
 def folding(rounds, fused=False):
     """8 ResNet-18 workers of 8 pictures as 8 rows with fused SGD, over 8 plain loops, each with its own model and torch's default SGD."""
-    torch.set_num_threads(1)
-    times = step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
+    times = _eight_workers(rounds)
     return [a / b for a, b in zip(times["folded"], times["plain fused" if fused else "plain"])]
 
 
 def slow_step(rounds):
     """What SlowMo adds to the same iterations at τ = 12, the reset of the momentum included, over an iteration: 1 + a share."""
-    torch.set_num_threads(1)
-    times = step.Step(["experiment=cifar10_slowmo_sgp", "workers=8", "task.batch_size=64"], random=True, device="cpu").measure(rounds)
+    times = _eight_workers(rounds)
     share = zip(times["slow step"], times["first step after a reset"], times["folded"])
     return [1 + (slow + max(0, after - plain)) / step.TAU / plain for slow, after, plain in share]
 
@@ -67,16 +71,20 @@ def held(base: str, m: int, d: int) -> int:
     return (_kilobytes("VmHWM") - before) * 1024
 
 
-def _some_steps(base: str, m: int, d: int) -> None:
+def built(base: str, m: int, d: int, tau: int, nesterov: bool = False, buffers: str = "reset") -> slowmo.SlowMo:
+    """SlowMo over a base, on m rows of d numbers and no model to speak of."""
     model = torch.nn.Module()
     model.x = torch.nn.Parameter(torch.zeros(d))
     replicas = slowmo.Replicas(model, slowmo.Cluster(m))
-    kinds = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
-    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, fused=True)
-    algorithm = slowmo.SlowMo(kinds[base](replicas, optimizer), tau=2, beta=0.6)
+    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
+    return slowmo.SlowMo(KINDS[base](replicas, optimizer), tau=tau, beta=0.6, buffers=buffers)
+
+
+def _some_steps(base: str, m: int, d: int) -> None:
+    algorithm = built(base, m, d, tau=2)
     for _ in range(4):
         algorithm.start()
-        replicas.rows.grad.fill_(1e-3)
+        algorithm.rows.grad.fill_(1e-3)
         algorithm.step()
 
 

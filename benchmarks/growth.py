@@ -4,7 +4,7 @@
     memory     the process's peak against m at d = 1e6
     start      seconds from `run.py task=quadratic` to its end after one step, warm
 
-Nothing grows faster than m d when no exponent (results/runtime.py) exceeds 1.
+Nothing grows faster than m d when no exponent (results/seconds.py) exceeds 1.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-import slowmo
 from benchmarks import alone
 from experiments import folder, network
 from experiments.runtime import machine
@@ -32,11 +31,7 @@ WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10*
 def step(m: int, d: int) -> float:
     """Median seconds of a step; a round is 12, one of them with SlowMo."""
     torch.set_num_threads(1)
-    model = torch.nn.Module()
-    model.x = torch.nn.Parameter(torch.zeros(d))
-    replicas = slowmo.Replicas(model, slowmo.Cluster(m))
-    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, nesterov=True, fused=True)
-    algorithm = slowmo.SlowMo(slowmo.SGP(replicas, optimizer), tau=12, beta=0.6, buffers="maintain")
+    algorithm = alone.built("sgp", m, d, tau=12, nesterov=True, buffers="maintain")
     times, begun = [], time.perf_counter()
     while len(times) < 4 or time.perf_counter() - begun < 2:
         start = time.perf_counter()

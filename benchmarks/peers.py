@@ -24,6 +24,7 @@ from experiments.runtime import Waiting
 from slowmo.base import Buckets
 
 MEGABYTES, COMPUTE = 2.0, 0.1355  # of a row on links; seconds of an iteration there
+KINDS = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "fused": True}
 
 
@@ -192,7 +193,7 @@ def overlap_of_messages(link, rounds):
 def over_base(link, rounds, base="local_sgd", tau=12):
     """SlowMo over its base. Local SGD averages as often; SGP and OSGP do not, so the bytes of SlowMo's average come on top of theirs."""
     side = Side(link)
-    kind = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}[base]
+    kind = KINDS[base]
     slow = side.ours(kind, functools.partial(slowmo.SlowMo, tau=tau, beta=0.6))
     if base == "local_sgd":
         plain = side.ours(kind, functools.partial(slowmo.Average, tau=tau))
