@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import folder, network
+from experiments import network
+from experiments.runner import folder
 from experiments.runtime import machine
 from results.collect import write
 from results.runtime import number

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 from benchmarks import alone
-from experiments import folder, network
+from experiments import network
+from experiments.runner import folder
 from experiments.runtime import machine
 from results.collect import write
 from results.seconds import exponents

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 import slowmo
-from experiments import plan
+from experiments.runner import plan
 
 TAU = 12
 

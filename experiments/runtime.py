@@ -22,7 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import slowmo
-from experiments import folder, network, plan
+from experiments import network
+from experiments.runner import folder, plan
 from results import runtime, seconds
 from results.collect import write
 from slowmo.base import Buckets

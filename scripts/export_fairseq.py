@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from experiments import folder, plan
+from experiments.runner import folder, plan
 
 
 def export(task, models: list[Path], path: Path) -> None:

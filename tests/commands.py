@@ -23,7 +23,8 @@ import torch
 from omegaconf import OmegaConf
 
 import run  # noqa: F401  the imports of every child, done once
-from experiments import cifar10, imagenet, photos, quadratic, schedules  # noqa: F401
+from experiments import cifar10, imagenet, photos, quadratic  # noqa: F401
+from experiments.runner import schedules  # noqa: F401
 from slowmo.train import Tally
 
 with contextlib.suppress(FileNotFoundError):  # the extra is not installed

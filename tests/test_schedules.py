@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.schedules import Constant, InverseSqrt, Step
+from experiments.runner.schedules import Constant, InverseSqrt, Step
 
 PAPER = {"warmup": 5, "milestones": [100, 150, 175], "of": 200}
 

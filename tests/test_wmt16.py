@@ -19,7 +19,7 @@ from helpers import BASES, sgd
 from processes import spawn
 
 import slowmo
-from experiments import folder
+from experiments.runner import folder
 from experiments.wmt16 import WMT16
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas

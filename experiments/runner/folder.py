@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_model
 
-from experiments.plan import choices, flat
+from experiments.runner.plan import choices, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
 NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download", "data.cache",
@@ -195,7 +195,7 @@ def _best(rows: list[dict]) -> dict:
 
 def commit() -> str | None:
     """The repository's commit, with `+` when tracked files differ from it; None outside a repository."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True).stdout

@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import launch
+from experiments.runner import launch
 from slowmo.cluster import Cluster, fold
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
