@@ -2,9 +2,9 @@
 
     u <- β u + (x0 - x) / γ         x0 <- x0 - α γ u           x: the average of the workers, every τ inner steps
 
-An outer wraps a base (base.py) and has its verbs: `start()` before the gradients, `step(lr)` after them. k counts finished inner steps;
-a slow step comes after each k that τ divides. x0 is taken when the outer is built, before the first step. Memory: x0 and u, `[1, d]`
-each, and two temporaries `[1, d]` at a slow step; with exact=False these are `[n, d]`.
+An outer wraps a base (base.py) and has its verbs: `start(lr)` before the gradients, `step()` after them. k counts finished inner steps;
+a slow step comes after each k that τ divides. x0 is taken at the first start, before the first step. Everything is done segment by
+segment: x0 and u are `[1, d]` for each, and a slow step takes two temporaries of a segment; with exact=False these are `[n, d]`.
 """
 
 import torch
@@ -19,49 +19,60 @@ class Average:
     Yu et al. 2019). Raises ValueError for τ < 1 or another word.
     """
 
+    slow_names = ()  # of what it keeps for each segment
+
     def __init__(self, base, tau: int, buffers: str = "maintain"):
-        if not isinstance(tau, int) or tau < 1:
+        if not isinstance(tau, int) or isinstance(tau, bool) or tau < 1:
             raise ValueError(f"tau={tau}: the number of inner steps between slow steps is a whole number >= 1")
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
         self.base, self.tau, self.buffers, self.exact = base, tau, buffers, True
-        self.replicas, self.cluster, self.rows, self.u = base.replicas, base.cluster, base.rows, None
+        self.replicas, self.slow = base.replicas, None
 
     @property
     def steps(self) -> int:
         return self.base.steps
 
-    def start(self) -> None:
-        self.base.start()
+    @property
+    def due(self) -> bool:
+        """Whether a slow step comes after the next inner step."""
+        return (self.base.steps + 1) % self.tau == 0
+
+    def start(self, lr: float | None = None) -> None:
+        """An inner step begins. lr: γ, default the learning rates in the optimizer."""
+        if self.slow is None or not self.base.steps and self.replicas.check():
+            self.rebase()
+        self.base.start(lr, self.buffers if self.exact and self.due else None)
 
     @torch.no_grad()
-    def step(self, lr: float | None = None) -> None:
-        """One inner step; after every τ-th, the slow step. lr: γ, default the learning rate in the optimizer."""
-        self.base.step(lr)
-        if self.steps % self.tau == 0:
-            self._slow_step(float(self.base.optimizer.param_groups[0]["lr"]))
+    def step(self, before_average=None) -> None:
+        """The rest of the inner step, and after every τ-th the slow step. before_average: called just before that, line 6."""
+        if not self.base.started:
+            self.start()
+        slow = self.due
+        self.base.step()
+        if slow and before_average:
+            before_average()
+        for segment in self.replicas.segments if slow else ():
+            self._slow_step(segment, float(self.base.optimizer.param_groups[segment.group]["lr"]))
 
-    def _slow_step(self, lr: float) -> None:
-        self.base.restart(self.base.average(), self.buffers)
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """The weights as they are now are x0, and nothing is remembered of before. A collective."""
+        self.base.rebase()
+        self.slow = {}
 
-    def average(self) -> torch.Tensor:
-        """The exact mean of the workers as they stand, `[1, d]`; changes nothing."""
-        return self.base.average()
+    def _slow_step(self, segment, lr: float) -> None:
+        self.base.restart(segment, self.base.averaged(segment), self.buffers)
 
-    def state(self) -> tuple[dict, dict]:
-        """As the base's, with x0 and u: what a run needs to go on."""
-        return self.base.state()
-
-    def load(self, rows: dict, shared: dict) -> None:
-        self.base.load(rows, shared)
-
-    def sends(self) -> tuple[float, float]:
-        """As the base's, with the averages of the slow steps."""
-        messages, lengths = self.base.sends()
-        m, blocks = self.cluster.size, int(self.exact)
+    def comm_volume(self) -> tuple[float, float]:
+        """What a worker sends per step, on average over a round: (messages, numbers in units of d)."""
+        inner, last = self.base.comm_volume(), self.base.comm_volume(self.buffers if self.exact else None)
+        m, blocks = self.base.cluster.num_workers, int(self.exact)
         if self.buffers == "average":
-            blocks += len(self.base.optimizer_rows())
-        return messages + 2 * (m - 1) * blocks / self.tau, lengths + 2 * (m - 1) / m * blocks / self.tau
+            blocks += len(self.base.inner.blocks(self.replicas.segments[0]))
+        average = (2 * (m - 1) * blocks, 2 * (m - 1) / m * blocks)
+        return tuple(((self.tau - 1) * a + b + c) / self.tau for a, b, c in zip(inner, last, average))
 
 
 class SlowMo(Average):
@@ -71,6 +82,8 @@ class SlowMo(Average):
     rate is 0 changes nothing (line 7 divides by it). Raises ValueError for parameters outside these ranges.
     """
 
+    slow_names = ("x0", "u")
+
     def __init__(self, base, tau: int, alpha: float = 1.0, beta: float = 0.7, buffers: str = "reset", exact: bool = True):
         super().__init__(base, tau, buffers)
         if not 0 <= beta < 1:
@@ -78,41 +91,30 @@ class SlowMo(Average):
         if not alpha > 0:
             raise ValueError(f"alpha={alpha}: the slow learning rate is positive, 1 in the paper")
         self.alpha, self.beta, self.exact = alpha, beta, exact
-        self.x0 = self._iterate().clone()
-        self.u = torch.zeros_like(self.x0)
 
-    def _slow_step(self, lr):
+    @torch.no_grad()
+    def rebase(self):
+        super().rebase()
+        x0 = self.base.average() if self.exact else [segment.x.detach().clone() for segment in self.replicas.segments]
+        self.slow = {segment: (x, torch.zeros_like(x)) for segment, x in zip(self.replicas.segments, x0)}
+
+    def _slow_step(self, segment, lr):
+        x0, u = self.slow[segment]
+        x = self.base.averaged(segment) if self.exact else segment.x    # 6  exact average, under way since its gradient was there
         if lr == 0:
             return
-        x = self._iterate()                                     # 6  exact average
-        self.u.mul_(self.beta).add_(self.x0 - x, alpha=1 / lr)  # 7  slow momentum
-        self.x0.sub_(self.u, alpha=self.alpha * lr)             # 8  outer iterate
-        self._restart()                                         # 2  reset | maintain | average
+        self._update(x0, u, x, lr)
+        self.base.restart(segment, x0, self.buffers, self.exact)        # 2  reset | maintain | average
 
-    def _iterate(self) -> torch.Tensor:
-        return self.base.average() if self.exact else self.rows.detach()
-
-    def _restart(self) -> None:
-        self.base.restart(self.x0, self.buffers, self.exact)
-
-    def state(self):
-        rows, shared = super().state()
-        (shared if self.exact else rows).update(x0=self.x0, u=self.u)
-        return rows, shared
-
-    def load(self, rows, shared):
-        super().load(rows, shared)
-        saved = shared if self.exact else rows
-        self.x0.copy_(saved["x0"])
-        self.u.copy_(saved["u"])
+    def _update(self, x0, u, x, lr):
+        u.mul_(self.beta).add_(x0 - x, alpha=1 / lr)                    # 7  slow momentum
+        x0.sub_(u, alpha=self.alpha * lr)                               # 8  outer iterate
 
 
 class NesterovOuter(SlowMo):
     """DiLoCo's outer step (Douillard et al. 2023), to compare with: Nesterov momentum on x0 - x, not divided by the learning rate."""
 
-    def _slow_step(self, lr):
-        x = self._iterate()
-        delta = self.x0 - x
-        self.u.mul_(self.beta).add_(delta)
-        self.x0.sub_(delta.add_(self.u, alpha=self.beta), alpha=self.alpha)
-        self._restart()
+    def _update(self, x0, u, x, lr):
+        delta = x0 - x
+        u.mul_(self.beta).add_(delta)
+        x0.sub_(delta.add_(u, alpha=self.beta), alpha=self.alpha)

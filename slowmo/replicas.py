@@ -1,139 +1,185 @@
 """The only place where nn.Module meets rows."""
 
 import copy
+import weakref
 
 import torch
 
+from slowmo.buckets import Bucket, Segment, cut
 from slowmo.cluster import Cluster
 
 
 class Replicas:
-    """One copy of `model` for each worker hosted here, its parameters and gradients views into the rows of one block.
+    """One copy of `model` for each worker hosted here, its parameters and gradients views into the rows of segments.
 
-    rows: a Parameter `[n, d]` whose `.grad` `[n, d]` is always there: give it to a torch optimizer as its only parameter. Backward
-    adds into the gradients where they lie, and the algorithm's `step` zeroes them: nobody calls zero_grad. A row holds the
-    `parameters` numbers that require a gradient, tied ones once, in the order of `model.parameters()`, then zeros up to d, a multiple
-    of 64 bytes: an element then meets the same vector instruction under every folding, so that gossip gives the same bits. Frozen
-    parameters stay as they are.
+    param_groups: the parameter groups of the optimizer of `model`, a list of dicts whose `params` are the model's parameters (default:
+    all in one). segments: tensors `[n, d]`, one row per worker, see buckets.py; buckets: lists of neighbouring segments, about
+    `bucket_cap_mb` MiB per row, one bucket for everything where nothing is sent. Backward adds into the gradients where they lie, and
+    the algorithm's `step` zeroes them: nobody needs to call zero_grad. Frozen parameters stay as they are.
 
     Strides survive (channels_last), so do ties. Parameters of another dtype than `dtype` (default: the widest of the model) are
-    copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from process 0's
-    parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker a process, on the model's device.
+    copies refreshed after each update, so that a bfloat16 layer gets master weights in the row. Everybody starts from rank 0's
+    parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker per rank, on the model's device.
 
-    accumulate: backward passes of each replica between `start` and `step`; their gradients add up. loss_scale: what the caller
-    multiplies losses by, against underflow in float16; `step` divides the gradients by it.
+    accumulate: backward passes of each replica per step; their gradients add up. loss_scale: what the caller multiplies losses by,
+    against underflow in float16; `step` divides the gradients by it.
 
-    Raises ValueError for a model without trainable parameters, on several devices, or with complex ones.
+    Raises ValueError for a model without trainable parameters, on several devices, complex, sharded, without memory, in the hands of
+    another `Replicas`, or that differs between ranks, and for groups of other parameters than the model's.
     """
 
-    def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, dtype: torch.dtype | None = None,
-                 accumulate: int = 1, loss_scale: float = 1.0):  # fmt: skip
-        trained = [p for p in model.parameters() if _trained(p)]
-        if not trained:
-            raise ValueError("the model has no parameter that requires a gradient: nothing to train")
-        if len({p.device for p in trained}) > 1 or not all(p.is_floating_point() for p in trained):
-            raise ValueError("the model's parameters must be real and on one device: move it with model.to(device)")
-        if dtype is None:
-            dtype = trained[0].dtype
-            for p in trained:
-                dtype = torch.promote_types(dtype, p.dtype)
+    def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, param_groups: list[dict] | None = None,
+                 dtype: torch.dtype | None = None, bucket_cap_mb: float = 25.0, accumulate: int = 1, loss_scale: float = 1.0):  # fmt: skip
+        named = [(name, p) for name, p in model.named_parameters() if _trained(p)]
+        trained = [p for _, p in named]
+        dtype = dtype or _widest(trained)
+        if not bucket_cap_mb > 0 or accumulate < 1:
+            raise ValueError(f"bucket_cap_mb={bucket_cap_mb} and accumulate={accumulate}: a positive size, and at least one backward pass")
+        owner = model.__dict__.get("_slowmo_owner", lambda: None)()
+        if owner is not None and owner.models[0] is model:
+            raise ValueError("this model is already in the hands of another SlowMo or Replicas: wrap it once, or a copy of it")
         cluster = cluster or Cluster(device=trained[0].device)
+        if trained[0].is_meta and cluster.device.type != "meta":
+            raise ValueError("the model is on the meta device: give its parameters memory first, model.to_empty(device=...)")
         if cluster.device.type != trained[0].device.type:
             raise ValueError(f"the model is on {trained[0].device}, the cluster on {cluster.device}: give both the same device")
-        if cluster.processes > 1:  # what is not trained comes from process 0 too
+        groups = _groups(trained, param_groups)
+        if cluster.world_size > 1:
+            facts = [(name, tuple(p.shape), str(p.dtype), group) for (name, p), group in zip(named, groups)]
+            agree(cluster, "the model", facts)
+            # what is not trained comes from rank 0 too
             for fixed in (*model.buffers(), *(p for p in model.parameters() if not _trained(p))):
                 value = fixed.detach().clone(memory_format=torch.contiguous_format)
                 cluster.broadcast(value)
                 fixed.detach().copy_(value)
-        self.cluster, self.models, self.accumulate, self.loss_scale = cluster, [model], accumulate, loss_scale
-        self.models += [copy.deepcopy(model) for _ in cluster.ranks[1:]]
-        self.parameters = sum(p.numel() for p in trained)
-        line = 64 // dtype.itemsize
-        n, d = len(cluster.ranks), -(-self.parameters // line) * line
-        self.rows = torch.nn.Parameter(torch.zeros(n, d, dtype=dtype, device=trained[0].device))
-        self.rows.grad = torch.zeros_like(self.rows)
-        self._entries, self._copy = [], None
+        self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
+        self.models += [copy.deepcopy(model) for _ in cluster.local_workers[1:]]
+        model.__dict__["_slowmo_owner"] = weakref.ref(self)
+        self.num_groups = max(groups) + 1
+        self.numel = sum(p.numel() for p in trained)
+        limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
+        self.buckets: list[Bucket] = cut(named, groups, len(cluster.local_workers), dtype, limit)
+        self.segments: list[Segment] = [segment for bucket in self.buckets for segment in bucket.segments]
+        self._copy, self._hooks = None, []
         for row, replica in enumerate(self.models):
-            offset = 0
-            for p in filter(_trained, replica.parameters()):
-                stride = p.stride() if _dense(p) else torch.empty(p.shape, device="meta").stride()
-                x, g = (t.as_strided(p.shape, stride, row * d + offset) for t in (self.rows.detach(), self.rows.grad))
-                x.copy_(p.detach())
-                if p.dtype == dtype:
-                    p.data, p.grad = x, g
-                else:
-                    p.grad = None
-                self._entries.append((p, x, g, offset))
-                offset += p.numel()
-        if not self.rows.is_meta:
-            first = self.rows.detach()[:1].clone()
-            cluster.broadcast(first)
-            self.rows.detach().copy_(first)
-            self.publish()
+            parameters = [p for p in replica.parameters() if _trained(p)]
+            for segment in self.segments:
+                segment.adopt(row, [parameters[place.index] for place in segment.places])
+        if cluster.device.type != "meta":
+            for segment in self.segments:
+                first = segment.x.detach()[:1].clone()
+                cluster.broadcast(first)
+                segment.x.detach().copy_(first)
+                segment.written()
+        self._others = [p for p in model.parameters() if not _trained(p)]
+        self._versions: list[int] | None = None
 
-    def collect(self) -> None:
-        """Bring home gradients that are not views: those of another dtype, and those that a zero_grad of the user's replaced."""
-        for p, x, g, _ in self._entries:
-            if p.grad is not g:
-                self._land(p, g)
-        self.gradients()
+    # --- what the engine asks ---
+
+    def check(self) -> bool:
+        """Whether somebody else has written to the first model's parameters since `remember`.
+
+        RuntimeError where parameters were moved, cast, replaced, frozen or freed after they became views: training would do nothing.
+        """
+        changed, k = False, 0
+        for segment in self.segments:
+            for p, x, _ in segment.members[: len(segment.places)]:
+                if p.dtype == x.dtype and p.data_ptr() != x.data_ptr() or p.dtype != x.dtype and p.device != x.device:
+                    raise RuntimeError(
+                        "a parameter was moved, cast or replaced after it was wrapped, training would do nothing: call model.to(...), "
+                        ".double(), .bfloat16() or load_state_dict(assign=True) before wrapping, or load with assign=False"
+                    )
+                if not p.requires_grad:
+                    raise RuntimeError("a parameter was frozen after it was wrapped: build the optimizer and wrap again then")
+                changed |= self._versions is not None and p._version != self._versions[k]
+                k += 1
+        if any(_trained(p) for p in self._others):
+            raise RuntimeError("a frozen parameter was freed after it was wrapped: build the optimizer and wrap again then")
+        if sum(1 for _ in self.models[0].parameters()) != k + len(self._others):
+            raise RuntimeError("the model has other parameters than when it was wrapped: build the optimizer and wrap again then")
+        return changed
+
+    def remember(self) -> None:
+        """The parameters are as the algorithm left them."""
+        self._versions = [p._version for segment in self.segments for p, _, _ in segment.members[: len(segment.places)]]
+
+    def forget(self) -> None:
+        """Whatever is written until the next step is welcome."""
+        self._versions = None
+
+    def register_grad_hook(self, call) -> None:
+        """After backward has written a parameter's gradient: `call(bucket)`, once per parameter, replica and backward pass."""
+        self._hooks.append(call)
+        for bucket in self.buckets:
+            for segment in bucket.segments:
+                for p, _, _ in segment.members:
+                    p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: call(bucket))
+
+    def announce_grads(self) -> None:
+        """Gradients of all replicas were written without backward's hooks: call these."""
+        for call in self._hooks:
+            for bucket in self.buckets:
+                for _ in range(sum(len(segment.members) for segment in bucket.segments)):
+                    call(bucket, during_backward=False)
+
+    # --- parameters by name and as one row ---
+
+    def named(self, blocks: list[torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+        """`blocks`, one `[n, d]` or `[1, d]` for each segment, as views by parameter name."""
+        return {place.name: place.of(block, row) for segment, block in zip(self.segments, blocks) for place in segment.places}
+
+    def flat(self, blocks: list[torch.Tensor]) -> torch.Tensor:
+        """`blocks` as one new tensor `[n or 1, numel]`, in the order of `model.parameters()` and of each one's memory."""
+        parts = {}
+        for segment, block in zip(self.segments, blocks):
+            for place in segment.places:
+                parts[place.index] = block[:, place.offset : place.offset + place.shape.numel()]
+        return torch.cat([parts[index].detach() for index in range(len(parts))], 1)
+
+    def rows(self) -> torch.Tensor:
+        """A copy of the workers' iterates, `[n, numel]`."""
+        return self.flat([segment.x for segment in self.segments])
 
     def gradients(self) -> torch.Tensor:
-        """The block `[n, d]` of gradients. RuntimeError when somebody took it away."""
-        if self.rows.grad is None:
-            raise RuntimeError("rows.grad is gone: do not call optimizer.zero_grad(), the algorithm's step zeroes the gradients")
-        return self.rows.grad
+        """A copy of the workers' gradients, `[n, numel]`."""
+        return self.flat([segment.grad for segment in self.segments])
 
-    def publish(self) -> None:
-        """Copy rows to the parameters that are not views (those of another dtype)."""
-        for p, x, _, _ in self._entries:
-            if p.dtype != x.dtype:
-                p.data.copy_(x)
+    # --- buffers ---
 
-    def on_gradient(self, call, when) -> None:
-        """After backward has written a parameter's gradient, and if `when()`, `call(offset)`: its place in the row, once a replica."""
+    def buffers(self) -> list[dict[str, torch.Tensor]]:
+        """The persistent buffers (BatchNorm statistics, counters) of each worker's model by name: the tensors themselves."""
+        return [_kept(model) for model in self.models]
 
-        def hook(p, g, offset):
-            if when():
-                if p.grad is not g:
-                    self._land(p, g)
-                call(offset)
+    @torch.no_grad()
+    def mean_buffers(self) -> dict[str, torch.Tensor]:
+        """New tensors: the average over all workers of what is floating or complex, rank 0's of the rest. A collective."""
+        return _averaged(self.buffers(), self.cluster)
 
-        for p, _, g, offset in self._entries:
-            p.register_post_accumulate_grad_hook(lambda p, g=g, offset=offset: hook(p, g, offset))
+    @torch.no_grad()
+    def mean_buffers_in_worker(self) -> dict[str, torch.Tensor] | None:
+        """The same inside this rank's worker, where it is several ranks; else None: the model holds its worker's own."""
+        return _averaged(self.buffers(), self.cluster, inside=True) if self.cluster.worker_size > 1 else None
 
-    def slices(self) -> list[tuple[int, int]]:
-        """(offset, numel) of each parameter in a row, in order."""
-        return [(offset, p.numel()) for p, _, _, offset in self._entries[: len(self._entries) // len(self.models)]]
-
-    def buffers(self) -> torch.Tensor:
-        """The models' persistent buffers (BatchNorm statistics, counters) `[n, b]` in float64, which holds float32 and counters exactly."""
-        return torch.stack([_flat(_kept(model), self.rows.device) for model in self.models])
-
-    def load_buffers(self, values: torch.Tensor) -> None:
+    @torch.no_grad()
+    def load_buffers(self, workers: list[dict[str, torch.Tensor]]) -> None:
         """The inverse of `buffers`."""
-        for model, row in zip(self.models, values):
-            _fill(_kept(model), row)
+        for mine, given in zip(self.buffers(), workers, strict=True):
+            for name, buffer in mine.items():
+                buffer.copy_(given[name])
 
-    def snapshot(self, x: torch.Tensor, buffers: torch.Tensor) -> torch.nn.Module:
-        """A model in eval mode with parameters `x` `[1, d]` and buffers `[1, b]`: one copy, reused by the next call."""
+    @torch.no_grad()
+    def materialize(self, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.nn.Module:
+        """A model in eval mode with parameters `x`, one `[1, d]` for each segment, and `buffers`: one copy, reused by the next call."""
         if self._copy is None:
             self._copy = copy.deepcopy(self.models[0])
-            for module in self._copy.modules():  # together.py makes buffers parts of a stack, and copies would hold all of it
+            for module in self._copy.modules():  # vectorize.py makes buffers parts of a stack, and copies would hold all of it
                 module._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-        _fill(filter(_trained, self._copy.parameters()), x[0], [view for _, view, _, _ in self._entries])
-        _fill(_kept(self._copy), buffers[0])
+        parameters = dict(self._copy.named_parameters())
+        for name, value in self.named(x, 0).items():
+            parameters[name].copy_(value)
+        for name, buffer in _kept(self._copy).items():
+            buffer.copy_(buffers[name])
         return self._copy.eval()
-
-    @staticmethod
-    def _land(p: torch.nn.Parameter, g: torch.Tensor) -> None:
-        if p.dtype != g.dtype:
-            if p.grad is not None:
-                g.add_(p.grad)
-                p.grad = None
-            return
-        g.copy_(p.grad) if p.grad is not None else g.zero_()  # no gradient is a gradient of zero
-        p.grad = g
 
 
 def recalibrate(model: torch.nn.Module, batches, forward) -> None:
@@ -156,32 +202,65 @@ def _trained(p: torch.Tensor) -> bool:
     return p.requires_grad and p.numel() > 0
 
 
-def _kept(model: torch.nn.Module) -> list[torch.Tensor]:
+def _widest(trained: list[torch.Tensor]) -> torch.dtype:
+    """The dtype of rows. ValueError for parameters that rows cannot hold."""
+    if not trained:
+        raise ValueError("the model has no parameter that requires a gradient: nothing to train")
+    if any(type(p.data) is not torch.Tensor for p in trained):
+        kind = next(type(p.data).__name__ for p in trained if type(p.data) is not torch.Tensor)
+        raise ValueError(f"the model's parameters are {kind}s: sharded models are not supported, give every rank whole parameters")
+    if len({p.device for p in trained}) > 1 or not all(p.is_floating_point() for p in trained):
+        raise ValueError("the model's parameters must be real and on one device: move it with model.to(device)")
+    dtype = trained[0].dtype
+    for p in trained:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype
+
+
+def _groups(trained: list[torch.nn.Parameter], param_groups: list[dict] | None) -> list[int]:
+    """Of each parameter the number of its group. ValueError where groups and model do not hold the same trained parameters."""
+    if param_groups is None:
+        return [0] * len(trained)
+    group_of = {p: number for number, group in enumerate(param_groups) for p in group["params"] if _trained(p)}
+    missing, foreign = sum(p not in group_of for p in trained), len(set(group_of) - set(trained))
+    if missing or foreign:
+        raise ValueError(
+            f"the optimizer lacks {missing} of the model's trainable parameters and holds {foreign} that are not the model's: build it "
+            "over model.parameters(), and freeze the rest with requires_grad_(False)"
+        )
+    return [group_of[p] for p in trained]
+
+
+def agree(cluster: Cluster, what: str, facts) -> None:
+    """ValueError on every rank where `facts` differ between ranks."""
+    for rank, other in enumerate(cluster.all_gather_object(facts)):
+        if other != facts:
+            raise ValueError(f"{what} of rank {cluster.rank} is not that of rank {rank}: build both from the same configuration")
+
+
+def _kept(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that are state: a table of positions, say, is not."""
     names = model.state_dict(keep_vars=True).keys()
-    return [buffer for name, buffer in model.named_buffers() if name in names]
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
-def _dense(p: torch.Tensor) -> bool:
-    """Whether p's elements fill one stretch of memory without holes or overlaps, in whatever order."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def _averaged(workers: list[dict[str, torch.Tensor]], cluster: Cluster, inside: bool = False) -> dict[str, torch.Tensor]:
+    """In one message of float64, which holds float32 exactly; what has no average comes from the first worker."""
+    out = {name: buffer.detach().clone() for name, buffer in workers[0].items()}
+    numbers = [name for name, buffer in out.items() if buffer.is_floating_point() or buffer.is_complex()]
+    if numbers:
+        total = sum(torch.cat([_real(worker[name]) for name in numbers]) for worker in workers)
+        cluster.all_reduce(total, inside=inside)
+        total /= cluster.worker_size if inside else len(workers) * cluster.world_size
+        for name, part in zip(numbers, total.split([_real(out[name]).numel() for name in numbers])):
+            value = torch.view_as_complex(part.view(*out[name].shape, 2)) if out[name].is_complex() else part.view(out[name].shape)
+            out[name].copy_(value)
+    if not inside:
+        for name in sorted(out.keys() - set(numbers)):
+            cluster.broadcast(out[name])
+    return out
 
 
-def _flat(tensors, device) -> torch.Tensor:
-    tensors = [t.detach().double().flatten() for t in tensors]
-    return torch.cat(tensors) if tensors else torch.zeros(0, dtype=torch.float64, device=device)
-
-
-def _fill(tensors, values: torch.Tensor, like=None) -> None:
-    """Write consecutive stretches of `values` into `tensors`, each in the memory order of its fellow in `like`."""
-    offset = 0
-    for k, tensor in enumerate(tensors):
-        part = values[offset : offset + tensor.numel()]
-        part = part.view(tensor.shape) if like is None else part.as_strided(tensor.shape, like[k].stride())
-        tensor.detach().copy_(part)
-        offset += tensor.numel()
+def _real(buffer: torch.Tensor) -> torch.Tensor:
+    buffer = buffer.detach()
+    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer).double().flatten()

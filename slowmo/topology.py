@@ -2,9 +2,9 @@
 
 Every graph of the paper looks the same from every worker, so a graph is a function of the step alone:
 
-    graph(step) -> {hop: share}     worker j sends `share` of itself to worker j + hop (mod m); hop 0 is what it keeps
+    graph(step) -> {offset: weight}     worker j sends `weight` of itself to worker j + offset (mod m); offset 0 is what it keeps
 
-The shares of a sender add up to 1 (column-stochastic mixing, what push-sum needs). A share is a number when it is the same for all
+The weights of a sender add up to 1 (column-stochastic mixing, what push-sum needs). A weight is a number when it is the same for all
 workers, or a tuple of m numbers, one a sender. Steps count from 0 and never restart. graph.size is m; after graph.cycle steps the graph
 repeats.
 """
@@ -13,9 +13,9 @@ import torch
 
 
 class Exponential:
-    """One-peer directed exponential graph: hops 1, 2, 4, ... < m in turn, half kept, half sent (Assran et al. 2019).
+    """One-peer directed exponential graph: offsets 1, 2, 4, ... < m in turn, half kept, half sent (Assran et al. 2019).
 
-    `peers` = 2 is its two-peer form: two consecutive hops a step, a third kept. With m a power of two and one peer, log2(m) rounds
+    `peers` = 2 is its two-peer form: two consecutive offsets a step, a third kept. With m a power of two and one peer, log2(m) rounds
     are the exact average.
     """
 
@@ -38,7 +38,7 @@ class Ring:
         self.size, self.cycle = size, 1
 
     def __call__(self, step: int) -> dict[int, float]:
-        return _equal([hop % self.size for hop in (1, -1) if hop % self.size])
+        return _equal([offset % self.size for offset in (1, -1) if offset % self.size])
 
 
 class Complete:
@@ -52,7 +52,7 @@ class Complete:
 
 
 class Mixing:
-    """Any column-stochastic matrices, used in turn. matrices: `[m, m]` or a list of them, entry [i][j] the share that j sends to i.
+    """Any column-stochastic matrices, used in turn. matrices: `[m, m]` or a list of them, entry [i][j] the weight that j sends to i.
 
     Where workers receive unequally, push-sum weights differ from 1. ValueError when a column does not sum to 1 or an entry is negative.
     """
@@ -67,37 +67,37 @@ class Mixing:
         if (stack.diagonal(dim1=1, dim2=2) <= 0).any():
             raise ValueError("a mixing matrix needs a positive diagonal: a worker that keeps nothing can end up with weight 0")
         self.size, self.cycle = size, len(stack)
-        self.rounds = [self._shares(matrix) for matrix in stack]
+        self.rounds = [self._weights(matrix) for matrix in stack]
 
-    def _shares(self, matrix: torch.Tensor) -> dict[int, tuple[float, ...]]:
-        hops = {hop: tuple(matrix[(j + hop) % self.size, j].item() for j in range(self.size)) for hop in range(self.size)}
-        return {hop: shares for hop, shares in hops.items() if any(shares)}
+    def _weights(self, matrix: torch.Tensor) -> dict[int, tuple[float, ...]]:
+        offsets = {offset: tuple(matrix[(j + offset) % self.size, j].item() for j in range(self.size)) for offset in range(self.size)}
+        return {offset: weights for offset, weights in offsets.items() if any(weights)}
 
     def __call__(self, step: int) -> dict[int, tuple[float, ...]]:
         return self.rounds[step % len(self.rounds)]
 
 
-def _equal(hops) -> dict[int, float]:
-    """Equal shares for what is kept and each distinct hop (at m = 2 and 3 several rules name the same edge twice)."""
-    hops = list(dict.fromkeys(hops))
-    return {hop: 1 / (len(hops) + 1) for hop in [0, *hops]}
+def _equal(offsets) -> dict[int, float]:
+    """Equal weights for what is kept and each distinct offset (at m = 2 and 3 several rules name the same edge twice)."""
+    offsets = list(dict.fromkeys(offsets))
+    return {offset: 1 / (len(offsets) + 1) for offset in [0, *offsets]}
 
 
 def mixing_matrix(graph, step: int) -> torch.Tensor:
-    """The m x m matrix P of a round, float64: entry [i, j] is the share of itself that worker j gives to worker i."""
+    """The m x m matrix P of a round, float64: entry [i, j] is the weight of itself that worker j gives to worker i."""
     matrix = torch.zeros(graph.size, graph.size, dtype=torch.float64)
-    for hop, share in graph(step).items():
+    for offset, weight in graph(step).items():
         for j in range(graph.size):
-            matrix[(j + hop) % graph.size, j] += share[j] if isinstance(share, tuple) else share
+            matrix[(j + offset) % graph.size, j] += weight[j] if isinstance(weight, tuple) else weight
     return matrix
 
 
 def is_symmetric(graph, step: int) -> bool:
     """Whether the round's matrix is symmetric: i gives j what j gives i."""
-    m, hops = graph.size, graph(step)
-    for hop, share in hops.items():
-        back = hops.get(-hop % m)
-        turned = tuple(share[(j - hop) % m] for j in range(m)) if isinstance(share, tuple) else share
+    m, offsets = graph.size, graph(step)
+    for offset, weight in offsets.items():
+        back = offsets.get(-offset % m)
+        turned = tuple(weight[(j - offset) % m] for j in range(m)) if isinstance(weight, tuple) else weight
         if back != turned:
             return False
     return True

@@ -6,7 +6,7 @@ import slowmo
 from experiments.quadratic import Quadratic
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas
-from slowmo.train import Tally, train
+from slowmo.train import TrainingMeter, train
 
 
 class Scalars(Quadratic):
@@ -23,21 +23,23 @@ def quadratic(m, d=6, seed=0, noise=0.3):
     return Quadratic(workers=m, seed=seed, dtype="float64", device="cpu", dimension=d, noise=noise)
 
 
-def sgd(rows, lr=0.5, **options):
-    return torch.optim.SGD([rows], lr=lr, fused=True, **options)
+def sgd(parameters, lr=0.5, **options):
+    return torch.optim.SGD(parameters, lr=lr, fused=True, **options)
 
 
 BASES = {
-    "allreduce": lambda replicas, optimizer: slowmo.AllReduce(replicas, optimizer),
-    "local_sgd": lambda replicas, optimizer: slowmo.LocalSGD(replicas, optimizer),
-    "sgp": lambda replicas, optimizer: slowmo.SGP(replicas, optimizer, slowmo.Exponential(replicas.cluster.size)),
-    "osgp": lambda replicas, optimizer: slowmo.OSGP(replicas, optimizer, slowmo.Exponential(replicas.cluster.size)),
-    "dpsgd": lambda replicas, optimizer: slowmo.DPSGD(replicas, optimizer, slowmo.Ring(replicas.cluster.size)),
-    "sgp_double": lambda replicas, optimizer: slowmo.SGP(
-        replicas, optimizer, slowmo.Exponential(replicas.cluster.size), gossip_buffers=True
+    "allreduce": slowmo.AllReduce,
+    "local_sgd": slowmo.LocalSGD,
+    "sgp": lambda replicas, optimizer, **more: slowmo.SGP(replicas, optimizer, slowmo.Exponential(replicas.cluster.num_workers), **more),
+    "osgp": lambda replicas, optimizer, **more: slowmo.OSGP(replicas, optimizer, slowmo.Exponential(replicas.cluster.num_workers), **more),
+    "dpsgd": lambda replicas, optimizer, **more: slowmo.DPSGD(replicas, optimizer, slowmo.Ring(replicas.cluster.num_workers), **more),
+    "sgp_double": lambda replicas, optimizer, **more: slowmo.SGP(
+        replicas, optimizer, slowmo.Exponential(replicas.cluster.num_workers), gossip_buffers=True, **more
     ),
-    "sgp_irregular": lambda replicas, optimizer: slowmo.SGP(replicas, optimizer, irregular(replicas.cluster.size)),
-    "osgp_irregular": lambda replicas, optimizer: slowmo.OSGP(replicas, optimizer, irregular(replicas.cluster.size)),
+    "sgp_irregular": lambda replicas, optimizer, **more: slowmo.SGP(replicas, optimizer, irregular(replicas.cluster.num_workers), **more),
+    "osgp_irregular": lambda replicas, optimizer, **more: slowmo.OSGP(
+        replicas, optimizer, irregular(replicas.cluster.num_workers), **more
+    ),
 }
 
 
@@ -52,17 +54,34 @@ def irregular(m):
     return slowmo.Mixing(m, matrix)
 
 
-def build(task, m, base, optimizer=sgd, outer=None, cluster=None):
-    """(replicas, algorithm) of `m` workers. base: a name of BASES or a function; optimizer: rows -> optimizer; outer: base -> outer."""
-    replicas = Replicas(task.model(), cluster or Cluster(m))
-    algorithm = (BASES[base] if isinstance(base, str) else base)(replicas, optimizer(replicas.rows))
+def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=25.0, accumulate=1, loss_scale=1.0, **more):
+    """(replicas, algorithm) of `m` workers. base: a name of BASES or a function; optimizer: parameters -> optimizer; outer: base -> outer.
+
+    more: for the base (overlap).
+    """
+    model = task.model()
+    inner = optimizer(model.parameters())
+    replicas = Replicas(model, cluster or Cluster(m), inner.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate,
+                        loss_scale=loss_scale)  # fmt: skip
+    algorithm = (BASES[base] if isinstance(base, str) else base)(replicas, inner, **more)
     return replicas, outer(algorithm) if outer else algorithm
 
 
-def run(task, replicas, algorithm, steps, lr):
-    """Train to `steps`; lr: γ, or a function of the step. Gives the de-biased rows [n, d]."""
-    tally = Tally(len(replicas.models), torch.device("cpu"))
+def run(task, replicas, algorithm, steps, lr, vectorize=False, before_average=None):
+    """Train to `steps`; lr: γ, or a function of the step. Gives the de-biased rows [n, numel]."""
+    meter = TrainingMeter(len(replicas.models), torch.device("cpu"))
     schedule = lr if callable(lr) else lambda step: lr
-    for _ in train(task, replicas, algorithm, schedule, steps, task.seed, tally):
+    for _ in train(task, replicas, algorithm, schedule, steps, task.seed, meter, vectorize, before_average):
         pass
-    return replicas.rows.detach()[:, : replicas.parameters].clone()
+    return replicas.rows()
+
+
+def average(algorithm):
+    """The exact average of the workers, [1, numel]."""
+    return algorithm.replicas.flat(algorithm.base.average())
+
+
+def slow(algorithm, name):
+    """x0 or u of an outer algorithm, [1, numel] ([n, numel] without exact averages)."""
+    k = algorithm.slow_names.index(name)
+    return algorithm.replicas.flat([values[k] for values in algorithm.slow.values()])

@@ -1,0 +1,274 @@
+"""How a row is cut: buckets, the unit of arrival and of sending, made of segments, the unit of the optimizer and of messages.
+
+A bucket is neighbouring parameters, from the end of the model (the order in which backward reaches them). A segment is a bucket's part
+in one parameter group of the optimizer: one contiguous Parameter `[n, d]`, whose rows belong to the n workers of this rank. Model
+parameters and their gradients are views into segments.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch.autograd.graph import increment_version
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model's parameter lies in its segment's row: `numel` elements from `offset`, with `shape` and `stride`."""
+
+    name: str
+    index: int  # among the trained parameters of the model, in its order
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, block: torch.Tensor, row: int) -> torch.Tensor:
+        """The view of this parameter in `row` of a tensor laid out as the segment's, `[n, d]` or `[1, d]`."""
+        return block.as_strided(self.shape, self.stride, block.storage_offset() + row * block.stride(0) + self.offset)
+
+    def stacked(self, block: torch.Tensor) -> torch.Tensor:
+        """The views of all rows as one tensor `[n, *shape]`."""
+        return block.as_strided((len(block), *self.shape), (block.stride(0), *self.stride), block.storage_offset() + self.offset)
+
+
+class Segment:
+    """x: Parameter `[n, d]`; grad: tensor `[n, d]`; group: the number of its parameter group; places: of its parameters.
+
+    members: (parameter, its view of x, its view of grad), all parameters of the first worker, then of the second, and so on.
+    d is a multiple of 64 bytes and parameters start at multiples of 16, the rest is zeros: an element then meets the same vector
+    instruction under every layout, so that gossip gives the same bits.
+    """
+
+    def __init__(self, group: int, places: list[Place], rows: int, dtype: torch.dtype, device: torch.device):
+        last = places[-1]
+        d = _rounded(last.offset + last.shape.numel(), 64 // dtype.itemsize)
+        self.group, self.places = group, places
+        self.x = torch.nn.Parameter(torch.zeros(rows, d, dtype=dtype, device=device))
+        self.grad = torch.zeros_like(self.x, requires_grad=False)
+        self.members: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self._clean, self._taken = self.grad._version, False
+
+    def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
+        """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `sync_params`."""
+        for place, p in zip(self.places, parameters, strict=True):
+            x, g = place.of(self.x.detach(), row), place.of(self.grad, row)
+            if not x.is_meta:  # the same memory in a storage of its own: saving a model then writes its own bytes only
+                x = torch.from_dlpack(x)
+            x.copy_(p.detach())
+            if p.dtype == x.dtype:
+                p.data, p.grad = x, g
+            else:
+                p.grad = None
+            self.members.append((p, x, g))
+
+    def gather_grads(self) -> None:
+        """Bring home gradients that are not views: those of another dtype, and where a zero_grad of the user's replaced them."""
+        written = self.has_gradient
+        found = False
+        for p, _, g in self.members:
+            if p.grad is g:
+                found |= written
+            elif p.grad is None:
+                if written and p.dtype == g.dtype:
+                    g.zero_()
+                found |= written and p.dtype != g.dtype
+            elif p.grad.layout != torch.strided:
+                raise ValueError("a gradient is sparse: build the layer with sparse=False, rows are dense")
+            else:
+                found = True
+                g.copy_(p.grad) if p.dtype == g.dtype else g.add_(p.grad)
+            if p.grad is not g:
+                p.grad = g if p.dtype == g.dtype else None
+        if not found:
+            self._clean = self.grad._version
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether anything was written to the gradients since they were zeroed: a view's write counts for its block."""
+        return self.grad._version != self._clean
+
+    def take_grads(self) -> None:
+        """From here to `zero_grads` nobody sees the gradients: their memory is the inbox of a message."""
+        self._taken = True
+        for p, _, _ in self.members:
+            p.grad = None
+
+    def spent(self) -> torch.Tensor:
+        """The gradients' memory, for something else until `zero_grads`."""
+        self._clean = -1
+        return self.grad
+
+    def zero_grads(self) -> None:
+        """Zeros, and each parameter's gradient its view again."""
+        if self.has_gradient:
+            self.grad.zero_()
+        if self._taken:
+            for p, x, g in self.members:
+                p.grad = g if p.dtype == x.dtype else None
+        self._clean, self._taken = self.grad._version, False
+
+    def written(self) -> None:
+        """x has changed: a stale graph shall raise as it does in torch, and copies of another dtype follow."""
+        increment_version([p for p, _, _ in self.members])
+        for p, x, _ in self.members:
+            if p.dtype != x.dtype:
+                p.data.copy_(x)
+
+
+@dataclasses.dataclass
+class Bucket:
+    index: int
+    segments: list[Segment]
+
+
+def cut(parameters, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
+    """Buckets for `parameters`, a list of (name, parameter); groups: of each the number of its parameter group.
+
+    bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early; the last two are halves,
+    because no computation hides the last.
+    """
+    full = bucket_cap_mb * 2**20 / dtype.itemsize
+    left = sum(p.numel() for _, p in parameters)
+    limit, pieces, size = full / 25, [[]], 0
+    for index in reversed(range(len(parameters))):
+        pieces[-1].append(index)
+        size += parameters[index][1].numel()
+        left -= parameters[index][1].numel()
+        if size >= limit and left:
+            limit, size = min(full, max(left, full) / 2), 0
+            pieces.append([])
+    return [Bucket(number, _segments(parameters, groups, piece, rows, dtype)) for number, piece in enumerate(pieces)]
+
+
+def _segments(parameters, groups, piece, rows, dtype) -> list[Segment]:
+    segments = []
+    for group in sorted({groups[index] for index in piece}):
+        offset, places = 0, []
+        for index in piece:
+            if groups[index] == group:
+                name, p = parameters[index]
+                stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
+                places.append(Place(name, index, offset, p.shape, stride))
+                offset = _rounded(offset + p.numel(), 16 // dtype.itemsize)
+        segments.append(Segment(group, places, rows, dtype, parameters[piece[0]][1].device))
+    return segments
+
+
+def is_dense(p: torch.Tensor) -> bool:
+    """Whether p's elements fill one stretch of memory without holes or overlaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Handover:
+    """Hands buckets on, each once per step and all ranks in the same order: while backward runs, or what is left in `finish`.
+
+    reduce: `bucket -> wait`, starts the mean of its gradients, or None where none is needed. advance: called with a bucket whose gradients
+    are final. overlap: during backward. behind: how many buckets `advance` stays behind `reduce` during backward: 1 where what it sends
+    must wait for the mean before; math.inf where `advance` may wait for `finish`.
+    """
+
+    def __init__(self, replicas, reduce=None):
+        self.replicas, self.buckets, self.reduce = replicas, replicas.buckets, reduce
+        self.advance, self.overlap, self.behind = None, False, 0
+        self.armed, self.paused, self.first_unsent, self.first_waiting = False, False, 0, 0
+        self.waits: list = []
+        self.missing: list[int] = []
+        self._hooked = False
+
+    def arm(self, advance, overlap: bool, behind: float = 0) -> None:
+        """A step begins."""
+        if not self._hooked and (overlap or self.reduce):
+            self.replicas.register_grad_hook(self._arrived)
+            self._hooked = True
+        self.advance, self.overlap, self.behind, self.armed = advance, overlap, behind, True
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Gradients are counted from the start. RuntimeError where backward has begun the step: it cannot be undone."""
+        if self.half_done:
+            raise RuntimeError("backward has begun a step that was not finished: call step() after each, or choose overlap=False")
+        self.settle()
+        self.first_unsent, self.waits = 0, []
+        copies = len(self.replicas.models) * self.replicas.accumulate
+        self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
+
+    def finish(self, before_advancing=None) -> None:
+        """Hand on everything that is left. before_advancing: called when all gradients are final."""
+        while self.first_unsent < len(self.buckets):
+            self._send()
+        if before_advancing:
+            self.settle()
+            before_advancing()
+        while self.first_waiting < len(self.buckets):
+            self._advance()
+        self.armed, self.first_waiting, self.first_unsent = False, 0, 0
+
+    def drop(self) -> None:
+        """The step is not taken. RuntimeError where backward has begun to."""
+        self.rearm()
+        self.armed = False
+
+    def settle(self) -> None:
+        """Wait for the means that are under way, so that gradients are what they will be."""
+        for wait in self.waits[self.first_waiting :]:
+            wait()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a bucket of this step has gone."""
+        return self.armed and self.first_unsent > 0
+
+    @property
+    def half_done(self) -> bool:
+        """Whether a bucket of this step has advanced."""
+        return self.first_waiting > 0
+
+    @torch.no_grad()
+    def _arrived(self, bucket: Bucket, during_backward: bool = True) -> None:
+        if not self.armed or self.paused or not (self.overlap or self.reduce):
+            return
+        if bucket.index < self.first_unsent:
+            raise RuntimeError(
+                "a gradient arrived for a bucket that has gone: more backward passes than declared, or a layer shared by reentrant "
+                "checkpoints. Say accumulate=k for k passes per step, put all but the last under no_sync(), or call step() after each"
+            )
+        self.missing[bucket.index] -= 1
+        while self.first_unsent < len(self.buckets) and self.missing[self.first_unsent] <= 0:
+            self._send()
+        if during_backward and self.reduce and not self.overlap and self.first_unsent == len(self.buckets):
+            # whoever reads gradients after backward sees the mean, as with DDP
+            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+
+    def _send(self) -> None:
+        bucket = self.buckets[self.first_unsent]
+        for segment in bucket.segments:
+            segment.gather_grads()
+        self.waits.append(self.reduce(bucket) if self.reduce else _nothing)
+        self.first_unsent += 1
+        while self.overlap and self.first_waiting < self.first_unsent - self.behind:
+            self._advance()
+        # what waits for the end anyway may use the time before it: it sends nothing, so ranks need not agree on when
+        while self.overlap and self.behind == math.inf and self._mean_is_there():
+            self._advance()
+
+    def _mean_is_there(self) -> bool:
+        return self.first_waiting < self.first_unsent and self.waits[self.first_waiting].is_completed()
+
+    def _advance(self) -> None:
+        self.waits[self.first_waiting]()
+        bucket = self.buckets[self.first_waiting]
+        self.first_waiting += 1
+        self.advance(bucket)
+
+
+def _nothing() -> None:
+    """No mean is needed."""
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

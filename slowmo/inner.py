@@ -1,0 +1,254 @@
+"""The user's optimizer, stepped bucket by bucket over segments instead of all at once over a model's parameters.
+
+An optimizer may do that when it is elementwise: what an element's step depends on is that element's gradient, its state and the values
+of its group, nothing else. torch's own are known by class (ELEMENTWISE). Of another say `elementwise=True` if it keeps to this: state
+tensors shaped as the parameter are per element, every other state is the same for all of a parameter; nothing is clipped or normed over
+a tensor. Else the optimizer (Muon, LARS, Adafactor, ...) steps the model's own parameters, all at once, after backward, and every worker
+needs a rank of its own.
+"""
+
+import copy
+
+import torch
+
+ELEMENTWISE = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad,
+    torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
+)  # fmt: skip
+COUNTERS = ("step", "eta", "mu", "mu_product")  # the names of torch's states that are one number per parameter
+# their state before the first step is zeros, if they have one
+ZERO_STATE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.RMSprop)
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer, replicas, elementwise: bool | None = None, overlap: bool = False):
+    """`optimizer`, built over the parameters of `replicas.models[0]`, for the algorithms of base.py.
+
+    elementwise: default by class. Raises ValueError for something else than an optimizer over these parameters, and for one that is not
+    elementwise where a rank hosts several workers.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"the optimizer is a {type(optimizer).__name__}: build a torch.optim optimizer over model.parameters()")
+    group_of = {p: k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for segment in replicas.segments:
+        for p, _, _ in segment.members[: len(segment.places)]:
+            if group_of.get(p) != segment.group:
+                raise ValueError("the optimizer has other parameters or groups than Replicas was given: pass it optimizer.param_groups")
+    name = type(optimizer).__name__
+    if elementwise is None:
+        elementwise = type(optimizer) in ELEMENTWISE
+    if elementwise:
+        return SegmentOptimizer(optimizer, replicas)
+    if len(replicas.models) > 1:
+        raise ValueError(
+            f"{name} is not known to be elementwise, it might mix workers: give each of the {replicas.cluster.num_workers} workers a rank "
+            "of its own, choose SGD, Adam, AdamW, RMSprop, Adagrad, ..., or say elementwise=True (slowmo/inner.py tells what that promises)"
+        )
+    if overlap:
+        raise ValueError(
+            f"overlap=True steps bucket by bucket, and {name} is not known to be elementwise: choose overlap=False, or say "
+            "elementwise=True (slowmo/inner.py tells what that promises)"
+        )
+    return WholeOptimizer(optimizer, replicas)
+
+
+class SegmentOptimizer:
+    """A twin of the optimizer for each bucket; they share state, and each has group dicts of its own, so that counters which live in
+    groups count once per step.
+
+    skip_missing: a segment where no gradient has arrived is left alone, as torch leaves a parameter; else it has a gradient of zero,
+    which is the same under every layout.
+    """
+
+    step_all = None  # buckets are stepped one by one
+    skip_missing = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, replicas):
+        self.optimizer, self.replicas = optimizer, replicas
+        self.state = type(optimizer.state)(dict)
+        self.twins = []
+        for bucket in replicas.buckets:
+            groups = [
+                {**group, "params": [segment.x for segment in bucket.segments if segment.group == number]}
+                for number, group in enumerate(optimizer.param_groups)
+                if any(segment.group == number for segment in bucket.segments)
+            ]
+            self.twins.append(self._twin(groups))
+        self._groups = [sorted({segment.group for segment in bucket.segments}) for bucket in replicas.buckets]
+        for segment in replicas.segments:
+            self._import(segment)
+
+    def pull(self) -> None:
+        """Take learning rates, momenta, ... from the user's groups."""
+        for twin, numbers in zip(self.twins, self._groups):
+            for mine, number in zip(twin.param_groups, numbers):
+                mine.update({k: v for k, v in self.optimizer.param_groups[number].items() if k != "params"})
+
+    def push(self) -> None:
+        """Give back what a step has counted in groups."""
+        for twin, numbers in zip(reversed(self.twins), reversed(self._groups)):
+            for mine, number in zip(twin.param_groups, numbers):
+                self.optimizer.param_groups[number].update({k: v for k, v in mine.items() if k != "params"})
+
+    def step(self, bucket) -> None:
+        """Step a bucket's segments."""
+        for segment in bucket.segments:
+            segment.x.grad = segment.grad if segment.has_gradient or not self.skip_missing else None
+        self.twins[bucket.index].step()
+        for segment in bucket.segments:
+            segment.x.grad = None
+
+    def blocks(self, segment) -> dict[str, torch.Tensor]:
+        """The state of a segment that is per element, `[n, d]` by name (momentum_buffer, exp_avg, ...)."""
+        return {k: v for k, v in self.state.get(segment.x, {}).items() if per_element(k, v, segment.x)}
+
+    def reset(self, segment) -> None:
+        """As if the optimizer had never stepped."""
+        group = self.optimizer.param_groups[segment.group]
+        kind, state = type(self.optimizer), self.state.get(segment.x)
+        if state is None:
+            return
+        if kind in ZERO_STATE or kind is torch.optim.SGD and not group["dampening"]:
+            for value in state.values():  # in place: memory given back and taken anew costs more than the rest of a slow step
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        else:
+            del self.state[segment.x]
+            if kind is torch.optim.Adagrad:  # the only one of torch's that fills its state when it is built
+                options = {k: group[k] for k in ("lr", "initial_accumulator_value", "fused") if k in group}
+                fresh = torch.optim.Adagrad([segment.x], **options)
+                self.state[segment.x] = fresh.state[segment.x]
+
+    def average(self, segment) -> None:
+        """Average what is per element over all workers; counters are the same everywhere and stay."""
+        for block in self.blocks(segment).values():
+            block.copy_(self.replicas.cluster.mean(block))
+
+    # --- by parameter name, for checkpoints ---
+
+    def named(self, row: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(views `STATE.NAME` of a worker's state, what is the same for all workers)."""
+        own, shared = {}, {}
+        for segment in self.replicas.segments:
+            for key, value in self.state.get(segment.x, {}).items():
+                for place in segment.places:
+                    if per_element(key, value, segment.x):
+                        own[f"{key}.{place.name}"] = place.of(value, row)
+                    elif value is not None:
+                        shared[f"{key}.{place.name}"] = torch.as_tensor(value).detach()
+        return own, shared
+
+    def load(self, row: int, own: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> None:
+        """The inverse of `named`, for one worker; with row 0 what was there before is dropped."""
+        for segment in self.replicas.segments:
+            if row == 0:
+                self.state.pop(segment.x, None)
+            for place in segment.places:
+                for key, value in entries(place.name, own):
+                    state = self.state[segment.x]
+                    if key not in state:
+                        state[key] = torch.zeros_like(segment.x, requires_grad=False, dtype=value.dtype)
+                    place.of(state[key], row).copy_(value)
+                for key, value in entries(place.name, shared):
+                    self._put_scalar(segment, key, value, place.name)
+
+    def _put_scalar(self, segment, key: str, value, name: str) -> None:
+        state = self.state[segment.x]
+        before = state.get(key)
+        value = value.clone() if isinstance(value, torch.Tensor) else value
+        group = self.optimizer.param_groups[segment.group]
+        if isinstance(value, torch.Tensor) and (group.get("capturable") or group.get("fused")):
+            value = value.to(segment.x.device)
+        if before is not None and not torch.equal(torch.as_tensor(before), torch.as_tensor(value)):
+            raise ValueError(
+                f"{name} has {key} = {float(value)} and a neighbour in its segment {float(before)}: parameters that have taken different "
+                "numbers of steps need parameter groups of their own"
+            )
+        state[key] = value
+
+    def _import(self, segment) -> None:
+        """State that the optimizer has already, from steps without us, or because it fills it when it is built."""
+        for row in range(len(self.replicas.models)):
+            for place, (p, _, _) in zip(segment.places, segment.members):
+                for key, value in self.optimizer.state.get(p, {}).items():
+                    if per_element(key, value, p):
+                        state = self.state[segment.x]
+                        if key not in state:
+                            state[key] = torch.zeros_like(segment.x, requires_grad=False)
+                        place.of(state[key], row).copy_(value)
+                    elif row == 0 and value is not None:
+                        self._put_scalar(segment, key, value, place.name)
+        for p, _, _ in segment.members[: len(segment.places)]:
+            self.optimizer.state.pop(p, None)
+
+    def _twin(self, groups: list[dict]) -> torch.optim.Optimizer:
+        twin = object.__new__(type(self.optimizer))
+        twin.__dict__.update(self.optimizer.__dict__)
+        twin.__dict__.pop("step", None)  # a scheduler's counting wrapper: it counts the user's steps
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            twin.__dict__[hooks] = type(getattr(self.optimizer, hooks))()  # the user's hooks see whole steps, not buckets
+        twin.state, twin.param_groups = self.state, groups
+        return twin
+
+
+class WholeOptimizer:
+    """An optimizer that is not elementwise: it steps the only model's own parameters, which are views of the rows, all at once."""
+
+    skip_missing = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, replicas):
+        self.optimizer, self.replicas = optimizer, replicas
+        self._at_first = {p: {k: copy.deepcopy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+        if any(p.dtype != x.dtype for segment in replicas.segments for p, x, _ in segment.members):
+            raise ValueError(f"{type(optimizer).__name__} is not elementwise and cannot step master weights: give all parameters one dtype")
+
+    def pull(self) -> None:
+        """The groups are the user's own."""
+
+    push = pull
+
+    def step(self, bucket) -> None:
+        """Nothing: see `step_all`."""
+
+    def step_all(self) -> None:
+        arrived = [(segment, segment.has_gradient) for segment in self.replicas.segments]
+        for segment, found in arrived:
+            if not found and self.skip_missing:
+                segment.take_grads()
+        type(self.optimizer).step(self.optimizer)
+
+    def blocks(self, segment) -> dict[str, torch.Tensor]:
+        return {}
+
+    def reset(self, segment) -> None:
+        for p, _, _ in segment.members:
+            self.optimizer.state.pop(p, None)
+            if p in self._at_first:
+                self.optimizer.state[p] = copy.deepcopy(self._at_first[p])
+
+    def average(self, segment) -> None:
+        for p, _, _ in segment.members:
+            for value in self.optimizer.state.get(p, {}).values():
+                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
+                    value.copy_(self.replicas.cluster.mean(value.reshape(1, -1)).view(value.shape))
+
+    def named(self, row: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        own = {}
+        for segment in self.replicas.segments:
+            for place, (p, _, _) in zip(segment.places, segment.members):
+                own |= {f"{k}.{place.name}": torch.as_tensor(v) for k, v in self.optimizer.state.get(p, {}).items() if v is not None}
+        return own, {}
+
+    def load(self, row: int, own: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> None:
+        for segment in self.replicas.segments:
+            for place, (p, _, _) in zip(segment.places, segment.members):
+                self.optimizer.state[p] = {key: value.clone() for key, value in entries(place.name, own | shared)}
+
+
+def per_element(key: str, value, like: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == like.shape and key not in COUNTERS
+
+
+def entries(name: str, values: dict) -> list[tuple[str, torch.Tensor]]:
+    """(STATE, value) of each `STATE.NAME`. Names of parameters have dots, those of states do not."""
+    ending = f".{name}"
+    return [(key[: -len(ending)], value) for key, value in values.items() if key.endswith(ending) and "." not in key[: -len(ending)]]

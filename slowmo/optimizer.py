@@ -1,0 +1,271 @@
+"""SlowMo for a training loop of your own: one line after the optimizer, and the loop stays as it is.
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
+"""
+
+import contextlib
+import copy
+import functools
+
+import torch
+
+from slowmo import base as bases
+from slowmo import outer
+from slowmo.cluster import Cluster
+from slowmo.inner import ELEMENTWISE, entries, per_element
+from slowmo.replicas import Replicas, agree
+
+BASES = {"local_sgd": bases.LocalSGD, "sgp": bases.SGP, "osgp": bases.OSGP, "dpsgd": bases.DPSGD, "allreduce": bases.AllReduce}
+
+
+class SlowMo(torch.optim.Optimizer):
+    """`optimizer` over `model`, distributed by a base algorithm and SlowMo (Wang et al. 2020, Algorithm 1).
+
+    It is an optimizer itself: learning rate schedulers, GradScaler, gradient clipping and training frameworks see the user's own
+    `param_groups`, per-parameter `state`, `step`, `zero_grad` and `state_dict`. A step begins with the first forward pass of `model` in
+    training mode. Every rank starts from rank 0's parameters and buffers. With one process nothing is sent.
+
+    model: on its device and in its dtype already, not wrapped in DistributedDataParallel: SlowMo does the communication.
+    optimizer: a torch optimizer over all trainable parameters of the model, in one or several groups.
+    base: local_sgd | sgp | osgp | dpsgd | allreduce. tau: inner steps between slow steps. alpha, beta: slow learning rate and momentum.
+    buffers: the optimizer's state at a slow step: reset | maintain | average. exact=False: the paper's noaverage. alpha=1, beta=0 and
+    buffers="maintain" over local_sgd is Local SGD.
+    graph: of topology.py, default the base's. num_workers: default one per rank; fewer, and a worker is several ranks, which average
+    their gradients. overlap: step and send during backward. Gradients are gone when it returns: nothing can clip or read them, and every
+    step has exactly `accumulate` backward passes. bucket_cap_mb: MiB per message. elementwise: see inner.py. timeout: seconds after which
+    a silent rank is an error. cluster: one that exists already.
+
+    Raises ValueError for a model or an optimizer that does not fit, RuntimeError during training for what would silently do nothing or
+    something else: see docs/library.md.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler hands over its scale and what it found, and ranks agree on skipping a step
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, base: str = "sgp", tau: int = 12, alpha: float = 1.0,
+                 beta: float = 0.7, buffers: str = "reset", exact: bool = True, *, graph=None, num_workers: int | None = None,
+                 overlap: bool = False, bucket_cap_mb: float = 25.0, accumulate: int = 1, elementwise: bool | None = None,
+                 timeout: float = 600.0, cluster: Cluster | None = None):  # fmt: skip
+        if base not in BASES:
+            raise ValueError(f"base={base!r}: choose one of {', '.join(BASES)}")
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise ValueError("the model is wrapped in DistributedDataParallel, which averages gradients at every step: give the bare model")
+        if isinstance(optimizer, SlowMo) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"the optimizer is a {type(optimizer).__name__}: build a torch.optim optimizer over model.parameters()")
+        options = {} if graph is None else {"graph": graph}
+        if graph is not None and base not in ("sgp", "osgp", "dpsgd"):
+            raise ValueError(f"base={base} has no graph: leave it out, or choose sgp, osgp or dpsgd")
+        device = next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
+        cluster = cluster or Cluster(num_workers, "cpu" if device.type == "meta" else device, timeout)
+        if len(cluster.local_workers) > 1:
+            raise ValueError(f"{cluster.num_workers} workers on {cluster.world_size} ranks: a loop of your own drives one model, so "
+                             "start at least one rank for each worker")  # fmt: skip
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups  # the user's own list
+        self.inner_optimizer, self.model, self.cluster = optimizer, model, cluster
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # they see whole steps
+            setattr(self, hooks, getattr(optimizer, hooks))
+            setattr(optimizer, hooks, type(getattr(optimizer, hooks))())
+        if cluster.world_size > 1:
+            given = (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, type(optimizer).__name__)
+            agree(cluster, "SlowMo", given)
+        self.replicas = Replicas(model, cluster, self.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate)
+        algorithm = BASES[base](self.replicas, optimizer, overlap=overlap, elementwise=elementwise, **options)
+        algorithm.inner.skip_missing = True
+        self.algorithm = outer.SlowMo(algorithm, tau, alpha, beta, buffers, exact)
+        self._stands_in_for = {p: (segment, place) for segment in self.replicas.segments
+                               for (p, _, _), place in zip(segment.members, segment.places)}  # fmt: skip
+        model.register_forward_pre_hook(self._before_forward)
+
+    @property
+    def steps(self) -> int:
+        """Finished steps."""
+        return self.algorithm.steps
+
+    @torch.compiler.disable
+    def _before_forward(self, module, args) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        handover = self.algorithm.base.handover
+        if not self.algorithm.base.started:
+            self.algorithm.start()
+        elif handover.begun and not handover.half_done:  # gradients were averaged, and more are to be added to them
+            handover.rearm()
+
+    def step(self, closure=None):
+        """One step; after every tau-th the slow step. closure: as in torch, it computes the loss and gradients. Returns its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._skips():
+            self.algorithm.step()
+        return loss
+
+    def _skips(self) -> bool:
+        """With a GradScaler: gradients are unscaled; or, where any rank has found an infinite one, dropped, and no rank takes the step."""
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found is None:
+            return False
+        base = self.algorithm.base
+        if base.overlap:
+            raise RuntimeError("a GradScaler needs the gradients after backward, and overlap=True has spent them: choose overlap=False")
+        base.handover.settle()
+        if self.cluster.all_reduce_max(int(bool(found))):
+            self.zero_grad()
+            return True
+        for segment in self.replicas.segments if scale is not None else ():
+            segment.gather_grads()
+            if segment.has_gradient:
+                segment.grad.div_(scale)
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """A new step begins: gradients are zero, what a failed backward left is dropped. They stay views, whatever `set_to_none` says.
+
+        RuntimeError with overlap=True where backward has begun the step and `step` was not called.
+        """
+        if self.algorithm.base.handover.begun:
+            self.algorithm.base.handover.rearm()
+        for segment in self.replicas.segments:
+            segment.gather_grads()
+            segment.zero_grads()
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Backward passes inside only add to the gradients: all but the last of a step, for accumulation."""
+        handover = self.algorithm.base.handover
+        before, handover.paused = handover.paused, True
+        try:
+            yield
+        finally:
+            handover.paused = before
+
+    def averaged_model(self) -> torch.nn.Module:
+        """A copy of the model in eval mode with the exact average of all workers, buffers (BatchNorm statistics) included. A collective.
+
+        The copy is the caller's: as many numbers as the model has.
+        """
+        return copy.deepcopy(self.replicas.materialize(self.algorithm.base.average(), self.replicas.mean_buffers()))
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model holds the exact average of all workers inside, and its own iterate again afterwards. A collective.
+
+        In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a forward pass and its step.
+        """
+        if self.algorithm.base.started and self.algorithm.base.handover.begun:
+            raise RuntimeError("averaged() in the middle of a step: call step() first")
+        x, buffers = self.algorithm.base.average(), self.replicas.mean_buffers()
+        own, model_buffers = [segment.x.detach().clone() for segment in self.replicas.segments], self.replicas.buffers()[0]
+        own_buffers = {name: buffer.clone() for name, buffer in model_buffers.items()}
+        self._write(x, buffers)
+        try:
+            yield self.model
+        finally:
+            self._write(own, own_buffers)
+            self.replicas.remember()
+
+    def rebase(self) -> None:
+        """Go on from the weights as they are now, after they were written from outside: x0 is their average, the slow momentum 0.
+
+        A collective.
+        """
+        self.algorithm.rebase()
+
+    # --- state, per parameter as torch has it ---
+
+    @property
+    def state(self) -> dict[torch.nn.Parameter, dict]:
+        """Of each parameter: the optimizer's state and, as `slowmo_x0` and `slowmo_u`, SlowMo's. To write, use load_state_dict."""
+        if "algorithm" not in self.__dict__:
+            return {}
+        own, shared = self.algorithm.base.inner.named(0)
+        out = {}
+        for p, (segment, place) in self._stands_in_for.items():
+            found = {key: value for key, value in entries(place.name, own)} | {
+                key: value.clone() for key, value in entries(place.name, shared)
+            }
+            if self.algorithm.slow:
+                blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
+                found |= {f"slowmo_{key}": place.of(block, 0) for key, block in blocks}
+            if found:
+                out[p] = found
+        return out
+
+    @state.setter
+    def state(self, value) -> None:
+        """torch's constructor sets an empty one; there is nothing to take from it."""
+
+    def state_dict(self) -> dict:
+        """In torch's layout. Each rank's own: save every rank's. `slowmo_steps` and push-sum weights that are not 1 stand in the groups."""
+        out = super().state_dict()
+        w = getattr(self.algorithm.base, "w", None)
+        extra = {"slowmo_steps": self.steps} | ({"slowmo_w": float(w)} if w is not None and float(w) != 1 else {})
+        out["param_groups"] = [group | extra for group in out["param_groups"]]
+        out["state"] = {k: {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in s.items()} for k, s in out["state"].items()}
+        return out
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """A state of `state_dict`, or of the wrapped optimizer in plain torch: then x0 is taken at the next forward pass.
+
+        Load the model's parameters before or after, but before the next step. ValueError, before anything is written, for another model's.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("the state has other parameter groups than this optimizer: build it with the same groups")
+        places = {p: place for p, (_, place) in self._stands_in_for.items()}
+        order = {number: p for mine, saved in zip(self.param_groups, groups) for number, p in zip(saved["params"], mine["params"])}
+        own, shared, slow, known = {}, {}, {}, type(self.inner_optimizer) in ELEMENTWISE
+        for number, found in state_dict["state"].items():
+            p = order[number]
+            if p not in places:
+                continue  # frozen
+            for key, value in found.items():
+                if key.startswith("slowmo_"):
+                    if value.shape != p.shape:
+                        raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
+                    slow.setdefault(p, {})[key.removeprefix("slowmo_")] = value
+                elif known and isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
+                    raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
+                elif value is not None:
+                    (own if per_element(key, value, p) else shared)[f"{key}.{places[p].name}"] = torch.as_tensor(value)
+        if slow and len(slow) != len(places):
+            raise ValueError("the state has x0 of some parameters and not of others: it is another model's")
+        base = self.algorithm.base
+        if base.started:
+            base.drop()
+        base.inner.load(0, own, shared)
+        self.algorithm.slow = None
+        if slow:
+            zeros = functools.partial(torch.zeros_like, requires_grad=False)
+            self.algorithm.slow = {segment: (zeros(segment.x), zeros(segment.x)) for segment in self.replicas.segments}
+            for p, (segment, place) in self._stands_in_for.items():
+                for key, block in zip(self.algorithm.slow_names, self.algorithm.slow[segment]):
+                    place.of(block, 0).copy_(slow[p][key])
+        extra = groups[0]
+        for mine, saved in zip(self.param_groups, groups):
+            mine.update({k: v for k, v in saved.items() if k not in ("params", "param_names") and not k.startswith("slowmo_")})
+        if hasattr(base, "w"):
+            base.w = torch.full_like(base.w, extra.get("slowmo_w", 1.0))
+        base.steps = int(extra.get("slowmo_steps", 0))
+        self.replicas.forget()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """ValueError after construction: what is trained is fixed then."""
+        if "algorithm" in self.__dict__:
+            raise ValueError("parameters cannot be added to SlowMo: add the group to the optimizer, and wrap model and optimizer again")
+        super().add_param_group(param_group)
+
+    def _write(self, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for segment, block in zip(self.replicas.segments, x):
+                segment.x.copy_(block)
+                segment.written()
+            for name, buffer in self.replicas.buffers()[0].items():
+                buffer.copy_(buffers[name])
