@@ -12,10 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.runner import launch
-from slowmo.cluster import Cluster, fold
+from slowmo.cluster import Cluster, layout as fold
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
-from slowmo.train import BATCHNORM
+from slowmo.evaluate import BATCHNORM
 
 
 def check(cfg: DictConfig) -> None:
