@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
-from experiments.runner.folder import load_model
+from experiments.runner.run_dir import load_model
 from experiments.precision import HalfPrecision
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
