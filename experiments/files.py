@@ -69,7 +69,7 @@ def remove(path: Path) -> None:
     """Delete whatever has this name; of a link the link."""
     if kind(path) == "a folder":
         shutil.rmtree(path)
-    else:
+    elif kind(path):
         path.unlink(missing_ok=True)
 
 
