@@ -281,7 +281,7 @@ def test_an_older_model_that_is_gone_is_marked(ended, tmp_path):
     """No checkpoint has it: the run says so, now and in its result."""
     gone(ended / "models" / "step-000000045.safetensors")
     done = command(*WORDS, cwd=tmp_path)
-    assert done.code == 0 and "models/step-000000045.safetensors was damaged or gone" in done.out
+    assert done.code == 0 and "models/step-000000045.safetensors is gone or damaged" in done.out
     assert strict(ended / "result.json")["lost"] == ["models/step-000000045.safetensors"]
     assert files.damaged(ended) == [] and "already done" in command(*WORDS, cwd=tmp_path).out
 
@@ -352,7 +352,7 @@ def test_a_resumed_run_takes_no_more_memory(half, tmp_path):
             gc.collect()
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in
                         (torch.Tensor, torch.nn.Parameter)}  # fmt: skip
-            (tmp_path / name).write_text(str(sum(storages.values())))
+            (tmp_path / f"{name}.bytes").write_text(str(sum(storages.values())))
 
         return lambda rank: at_call(Tally, "start", step, note)
 
@@ -360,7 +360,7 @@ def test_a_resumed_run_takes_no_more_memory(half, tmp_path):
     stop = signal_at_step(23, signal.SIGTERM)
     assert command(*WORDS, "task.dimension=200", cwd=tmp_path, before=stop).code == 128 + signal.SIGTERM
     finished(*WORDS, "task.dimension=200", cwd=tmp_path, before=weigh(4, "resumed"))
-    fresh, resumed = (int((tmp_path / name).read_text()) for name in ("fresh", "resumed"))
+    fresh, resumed = (int((tmp_path / f"{name}.bytes").read_text()) for name in ("fresh", "resumed"))
     assert resumed <= fresh + 512  # a counter or two
 
 

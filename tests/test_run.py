@@ -328,7 +328,7 @@ PLACES = [
     Place(os, "rename", 1),  # whole, but not yet under its name
     Place(os, "rename", 1, after=True),
     Place(os, "rename", 3, after=True),  # three of them
-    Place(os, "unlink", 5),  # an old one half deleted
+    Place(os, "unlink", 2),  # an old one half deleted
     Place(json, "dumps", 3),  # a metric row is due
     Place(os, "replace", 13),  # final.npz without its name
     Place(os, "replace", 14),  # all done, only result.json is missing

@@ -79,6 +79,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         ]
         state = {"seconds": tally.seconds, "count": tally.count, "record": recorder.state()}
         checkpoint.save(path / "checkpoints", algorithm.steps, cluster, workers, shared, state)
+        recorder.saved()
 
     for complaint in (*(f"{text}: made anew" for text in complaints), *damages):
         progress.say(complaint)

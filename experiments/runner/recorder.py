@@ -27,12 +27,20 @@ class RunRecorder:
 
     def __init__(self, path: Path, cfg: DictConfig, cluster):
         self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
-        self.digests, self.lost = {}, []  # of models/ and final.npz; models that are gone for good
+        self.digests, self.lost = {}, []  # of models/ and final.npz; models of the last `evaluate.keep` that are gone
+        self.before = []  # the models of the checkpoint before: one may have to go back to it
         self.commit = commit()  # of the code that runs, whatever is checked out by the end
 
     def state(self) -> dict:
         """What a checkpoint keeps of the record."""
-        return {"rows": self.rows, "models": {n: d for n, d in self.digests.items() if n.startswith("models/")}, "lost": self.lost}
+        return {"rows": self.rows, "models": self._models(), "lost": self.lost, "before": self.before}
+
+    def saved(self) -> None:
+        """A checkpoint has the record now: models that neither it nor the one before knows go."""
+        with everywhere(self.cluster):
+            if self.cluster.leader:
+                self._prune()
+        self.before = list(self._models())
 
     def resume(self, state: dict | None) -> list[str]:
         """Take up the record as a checkpoint has it (None: from the beginning); what was damaged or lost since.
@@ -41,7 +49,8 @@ class RunRecorder:
         """
         complaints = []
         if state:
-            self.rows, self.digests, self.lost = list(state["rows"]), dict(state["models"]), list(state["lost"])
+            self.rows, self.digests = list(state["rows"]), dict(state["models"])
+            self.lost, self.before = list(state["lost"]), list(state["before"])
         with everywhere(self.cluster):
             if self.cluster.leader:
                 for folder in (self.path, self.path / "models"):
@@ -84,10 +93,10 @@ class RunRecorder:
                         raise OSError(f"{self.path / name} could not be written: {error}") from error
                     os.chmod(aside, 0o666 & ~_umask())  # safetensors' own are for the owner alone
                     self.digests[name] = files.digest(aside)
-                for old in sorted(name for name in self.digests if name.startswith("models/"))[: -self.cfg.evaluate.keep]:
-                    del self.digests[old]
-                    files.remove(self.path / old)
         self.lost = [other for other in self.lost if other != name]
+        for old in sorted([*self._models(), *self.lost])[: -self.cfg.evaluate.keep]:
+            self.digests.pop(old, None)
+            self.lost = [other for other in self.lost if other != old]
 
     def save_iterates(self, algorithm) -> None:
         """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""
@@ -114,6 +123,8 @@ class RunRecorder:
         with everywhere(self.cluster):
             if not self.cluster.leader:
                 return
+            self.before = []
+            self._prune()
             self._complete()
             result = {
                 "status": status,
@@ -137,6 +148,14 @@ class RunRecorder:
             sealed = files.sealed(files.parse(json.dumps(result)), self.digests)
             files.write(self.path / "result.json", json.dumps(sealed, indent=1) + "\n")
 
+    def _models(self) -> dict[str, str]:
+        return {name: digest for name, digest in self.digests.items() if name.startswith("models/")}
+
+    def _prune(self) -> None:
+        for path in saved_models(self.path):
+            if f"models/{path.name}" not in {*self.digests, *self.before}:
+                files.remove(path)
+
     def _text(self) -> str:
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
@@ -151,12 +170,10 @@ class RunRecorder:
     def _check_models(self) -> list[str]:
         """Delete models that the record does not know (of later steps, or stray), and write down which known ones are gone or damaged."""
         complaints = []
-        for path in saved_models(self.path):
-            if f"models/{path.name}" not in self.digests:
-                files.remove(path)
+        self._prune()
         for name, expected in list(self.digests.items()):
             if not (self.path / name).exists() or files.digest(self.path / name) != expected:
-                complaints.append(f"{name} was damaged or gone")
+                complaints.append(f"{name} is gone or damaged")
                 files.remove(self.path / name)
                 self.lost.append(name)
                 del self.digests[name]
