@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.runner import folder, launch, plan
+from experiments.runner import launch, plan, run_dir
 from experiments.runner.execute import execute, stopped_by
+from slowmo.checkpoint import PeerError
 from slowmo.cluster import fold
 
 elsewhere = []  # what is to be launched elsewhere, of a sweep all of it
@@ -21,7 +22,7 @@ elsewhere = []  # what is to be launched elsewhere, of a sweep all of it
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
-    leading, stopped_by[0] = int(os.environ.get("RANK", 0)) == 0, 0
+    leading, stopped_by[0], code = int(os.environ.get("RANK", 0)) == 0, 0, 0
     if cfg.launch.name != "here" and HydraConfig.get().mode == RunMode.MULTIRUN:  # each is checked where it runs
         elsewhere.append((cfg, launch.command()))
         return
@@ -35,7 +36,7 @@ def main(cfg: DictConfig) -> None:
         steps = plan.steps(cfg, task)
         schedule = plan.build(cfg.schedule, lr=cfg.optimizer.lr, steps=steps)
         summary = plan.rehearse(cfg, task, schedule, steps)
-        path = folder.of(cfg, task)
+        path = run_dir.run_dir(cfg, task)
         if not cfg.dry_run and not (path / "result.json").exists():
             # a first batch: data that are missing, or do not divide, are found before anything is written
             next(iter(task.batches(0, range(1), (0, fold(cfg.workers, launch.processes(cfg))[1]))))
@@ -44,15 +45,15 @@ def main(cfg: DictConfig) -> None:
         if cfg.dry_run and cfg.launch.name == "slurm":
             print(launch.script(cfg))
         if not cfg.dry_run and cfg.launch.name == "here":
-            execute(cfg, task, schedule, steps, path)
+            code = execute(cfg, task, schedule, steps, path)
         elif not cfg.dry_run:
             elsewhere.append((cfg, launch.command()))
     except (ValueError, OSError) as error:
         # what is wrong with the config all processes find, and one says; what is wrong on a machine may be its own
-        if leading or isinstance(error, OSError) or torch.distributed.is_initialized():
+        if leading or isinstance(error, OSError) and not isinstance(error, PeerError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
-    _leave(128 + stopped_by[0] if stopped_by[0] else 0)
+    _leave(code)
 
 
 def send() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import network
-from experiments.runner import folder
+from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.runtime import number
@@ -122,7 +122,7 @@ def note(row: Row, ratios: list[float], out: Path) -> None:
     """Say it and put it into `out`, in the place of what stood there; lines of rows that are no more go."""
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     line = {"what": row.what, "against": row.against, "where": PLACES[row.where], "aim": row.aim, "ratio": round(middle, 4),
-            "low": round(low, 4), "high": round(high, 4), "rounds": len(ratios), "commit": folder.commit(),
+            "low": round(low, 4), "high": round(high, 4), "rounds": len(ratios), "commit": commit(),
             "machine": machine()}  # fmt: skip
     lines = pd.DataFrame([line])
     if out.exists():

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import alone
 from experiments import network
-from experiments.runner import folder
+from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.seconds import exponents
@@ -68,7 +68,7 @@ def main() -> None:
         value = network.spawn(lambda: step(m, d) if what == "step" else alone.held("sgp", m, d), 1, "loopback")
         lines.append({"what": what, "m": m, "d": d, "value": value})
         print(f"{what:7} m = {m:3} d = {d:11,}: {f'{1e3 * value:.3f} ms' if what == 'step' else f'{value / 1e6:.0f} MB'}", flush=True)
-    lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())
+    lines = pd.DataFrame(lines).assign(commit=commit(), machine=machine())
     write(options.out, lines.to_csv(index=False))
     print(exponents(lines))
     print(f"wrote {options.out}")

@@ -1,13 +1,12 @@
 """CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
 
-import fcntl
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from experiments import Task
+from experiments import Task, files
 from experiments.torchvision_cpu import torchvision
 
 
@@ -142,8 +141,7 @@ def _load(data) -> dict[str, np.ndarray]:
         return photos.load(data.root, data.train, data.validation)
     if data.download:  # by one process of this machine; the others find it there
         Path(data.root).mkdir(parents=True, exist_ok=True)
-        with open(Path(data.root) / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.lock(Path(data.root) / ".download.lock"):
             try:
                 torchvision.datasets.CIFAR10(data.root, download=True)
             except (RuntimeError, OSError) as error:

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import fcntl
 import hashlib
 import os
 import signal
@@ -17,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.cifar10 import ResNet
+from experiments.files import aside
+from experiments.files import lock as file_lock
 from experiments.precision import HalfPrecision
 from experiments.torchvision_cpu import torchvision
 
@@ -234,8 +235,7 @@ def files(root: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     root = root.resolve()
     path = cache / f"files-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}.npz"
     cache.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:  # the processes of a machine take turns: one walks, the others read
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(path.with_suffix(".lock")):  # the processes of a machine take turns: one walks, the others read
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(path, allow_pickle=False) as saved:
                 found = {name: saved[name] for name in ("names", "labels", "classes", "folders", "changed")}
@@ -249,11 +249,9 @@ def files(root: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         folders = np.array([b".", *sorted({os.path.dirname(name) for name in names.tolist()} | {os.fsencode(name) for name in classes})])
         changed = _changed(root, folders)
         if changed[0] == before:  # nobody was at it meanwhile
-            aside = path.with_suffix(f".{os.getpid()}.partial")
-            with open(aside, "wb") as file:
+            with aside(path) as name, open(name, "xb") as file:
                 np.savez(file, names=names, labels=labels, classes=np.array([os.fsencode(name) for name in classes]), folders=folders,
                          changed=np.array(changed))  # fmt: skip
-            os.replace(aside, path)
         return names, labels, classes
 
 

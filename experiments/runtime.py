@@ -23,7 +23,8 @@ from omegaconf import DictConfig
 
 import slowmo
 from experiments import network
-from experiments.runner import folder, plan
+from experiments.runner import plan
+from experiments.runner.recorder import commit
 from results import runtime, seconds
 from results.collect import write
 
@@ -81,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         lines = network.spawn(
             lambda: measure(cfg.runtime, experiments), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node
         )
-        lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[seconds.MEASURED]
+        lines = pd.DataFrame(lines).assign(commit=commit(), machine=machine())[seconds.MEASURED]
         keep = before[~before[seconds.NETWORK].eq(lines[seconds.NETWORK].iloc[0]).all(axis=1)]
         write(out, pd.concat([part for part in (keep, lines) if len(part)], ignore_index=True).to_csv(index=False))
         print(seconds.beside(lines))

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
+from experiments.runner.run_dir import load_model
 from experiments.precision import HalfPrecision
-from experiments.runner.folder import load_model
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
 # fairseq gives torch's attention a mask of truth values and one of numbers
@@ -176,7 +176,7 @@ class WMT16(HalfPrecision):
         detokenizer = MosesDetokenizer(lang="de")
         generator = self.fairseq.build_generator([model], argparse.Namespace(beam=self.bleu.beam, lenpen=self.bleu.lenpen))
         out, told = {}, time.monotonic()
-        for batch, sample in self._sentences(subset, part, None):
+        for batch, sample in self._sentences(subset, part):
             hypotheses = self.fairseq.inference_step(generator, [model], sample)
             for k, best in zip(sample["id"].tolist(), hypotheses, strict=True):
                 words = self.fairseq.target_dictionary.string(best[0]["tokens"], "subword_nmt")

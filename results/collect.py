@@ -31,7 +31,7 @@ def main(runs: Path, out: Path) -> None:
     """
     if not runs.is_dir():
         raise FileNotFoundError(f"no folder {runs}: name the folder of all runs with --runs, or run something first")
-    folders = sorted(path.parent for path in runs.rglob("config.yaml"))
+    folders = sorted(path.parent for path in runs.rglob("config.yaml") if not any(part.startswith(".old-") for part in path.parts))
     if not folders and not refused(runs):
         raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {out} stays as it is")
     found, complaints = {}, []

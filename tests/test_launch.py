@@ -79,13 +79,20 @@ def test_a_signal_goes_to_all(number, tmp_path):
     assert started.returncode == 128 + number and "saved at step" in out, err
 
 
-def test_when_a_process_is_killed_the_others_end(tmp_path):
+@pytest.mark.parametrize("early", [False, True])
+def test_when_a_process_is_killed_the_others_end(early, tmp_path):
+    """early: before they have met, where nothing tells the other that it waits for a dead process (it waited for 30 s)."""
     started = start(*QUADRATIC, "steps=100000", *LOCAL, cwd=tmp_path)
-    at_work(started)
+    if early:
+        while len(ranks(started)) < 2:
+            assert started.poll() is None
+            time.sleep(0.01)
+    else:
+        at_work(started)
     pids, begin = ranks(started), time.monotonic()
     os.kill(pids[1], signal.SIGKILL)
     started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGKILL and time.monotonic() - begin < 45
+    assert started.returncode == 128 + signal.SIGKILL and time.monotonic() - begin < 25
     assert not Path(f"/proc/{pids[0]}").exists()
 
 

@@ -19,7 +19,8 @@ from helpers import BASES, sgd
 from processes import spawn
 
 import slowmo
-from experiments.runner import folder
+from experiments.runner import run_dir
+from experiments.runner.recorder import RunRecorder
 from experiments.wmt16 import WMT16
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas
@@ -195,15 +196,15 @@ def trained(make, tmp_path_factory):
     task = make(dim=32, ffn=64, dropout=0.0, max_tokens=256, pieces=1, label_smoothing=0.0)
     model, path = task.model(), tmp_path_factory.mktemp("models")
     optimizer, files = torch.optim.Adam(model.parameters(), lr=0.01), []
-    book = folder.Book(path, SimpleNamespace(evaluate=SimpleNamespace(keep=3)), Cluster(1))
+    book = RunRecorder(path, SimpleNamespace(evaluate=SimpleNamespace(keep=3)), Cluster(1))
     for step in range(360):
         for piece in task.batches(step, range(2), (0, 1)):
             task.loss(model, piece).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step >= 350 and step % 3 == 0:
-            book.keep(step, model)
-    files = folder.kept(path)
+            book.save_model(step, model)
+    files = run_dir.saved_models(path)
     assert [file.name for file in files] == [f"step-{step:09d}.safetensors" for step in (351, 354, 357)]
     return task, files
 
@@ -214,7 +215,7 @@ def test_tied_weights_survive_a_file(trained):
     tied = [model.encoder.embed_tokens.weight, model.decoder.embed_tokens.weight, model.decoder.output_projection.weight]
     assert len({p.data_ptr() for p in tied}) == 1
     other = task.model()
-    folder.load_model(files[-1], other)
+    run_dir.load_model(files[-1], other)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 

@@ -2,7 +2,8 @@
 
 A task of a job turns into run.py by exec, so SLURM's signals and its exit code are the run's own:
 
-    0            done, or diverged: a result is written
+    0            done: a result is written
+    3            diverged: a result is written, and asking again changes nothing
     2            refused: its config or its data are wrong
     1            an error; of the others when a process was killed, whose own code tells
     128 + n      saved and stopped by signal n, or killed by it
@@ -86,7 +87,7 @@ def local(count: int, overrides: list[str]) -> int:
         deadline = None
         while any(child.poll() is None for child in children):
             if deadline is None and any(child.poll() for child in children):
-                deadline = time.monotonic() + 30  # the others notice by themselves, unless they hang
+                deadline = time.monotonic() + 5  # the others notice by themselves, but not where they still wait to meet it
             if deadline and time.monotonic() > deadline:
                 forward(signal.SIGKILL, None)
             time.sleep(0.05)

@@ -42,6 +42,8 @@ def check(cfg: DictConfig) -> None:
             _whole(name, OmegaConf.select(cfg, name))
     if (cfg.steps is None) == (cfg.epochs is None):
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
+    if cfg.resume not in ("auto", "never"):
+        raise ValueError(f"resume={cfg.resume}: auto goes on from the run's last checkpoint, never starts anew and moves the old files aside")
     if cfg.dtype not in ("float32", "float64"):
         raise ValueError(f"dtype={cfg.dtype}: rows are float32 or float64")
     if cfg.evaluate.batchnorm not in BATCHNORM:
