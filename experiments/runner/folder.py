@@ -18,32 +18,32 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_model
 
-from experiments.runner.plan import choices, flat
+from experiments.runner.build import arithmetic_now
+from experiments.runner.config import Composed, compose, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
 NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download", "data.cache",
            "task.problem", "task.loaders")  # fmt: skip
 
 
-def of(cfg: DictConfig, task) -> Path:
+def of(composed: Composed, task) -> Path:
     """Where this config's run lives: named after its experiment (or task), each group chosen otherwise and each key that differs."""
-    experiment = HydraConfig.get().runtime.choices.get("experiment")
-    name, start = (experiment, f"experiment={experiment}") if experiment else (cfg_task := choices()["task"], f"task={cfg_task}")
+    cfg, name = composed.cfg, composed.experiment
+    start = f"experiment={name}" if name else f"task={composed.choices['task']}"
     groups = {}
     for nested in (False, True):  # base before base/graph: choosing a base brings its own graph
-        start_with = [start, *(f"{group}={choice}" for group, choice in groups.items())]
-        before = hydra.compose("config", overrides=start_with, return_hydra_config=True).hydra.runtime.choices
-        for group, choice in choices().items():
-            if ("/" in group) == nested and before.get(group) != choice and group not in ("cluster", "launch", "task"):
+        before = compose([start, *(f"{group}={choice}" for group, choice in groups.items())]).choices
+        for group, choice in composed.choices.items():
+            if ("/" in group) == nested and before.get(group) != choice and (group not in ("cluster", "launch", "task") or name and group == "task"):
                 groups[group] = choice
-    plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
+    plain = flat(compose([start, *(f"{group}={choice}" for group, choice in groups.items())]).cfg)
+    name = name or composed.choices["task"]
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command
     parts = [f"{k}={v}".removesuffix(".0") for k, v in [*sorted(groups.items()), *sorted(changed.items())]]  # 1.0 is 1
@@ -178,6 +178,7 @@ class Book:
             "commit": self.commit,
             "versions": _versions(),
             "hardware": _hardware(self.cluster.device),
+            "arithmetic": arithmetic_now(),
         }
         _write(self.path / "result.json", json.dumps(result, indent=1) + "\n")
 
