@@ -4,7 +4,6 @@ The only door for Hydra. A run's folder is a function of its config: asking agai
 """
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.runner import build, cli, config, folder, launch, plan
@@ -16,7 +15,7 @@ from slowmo.cluster import fold
 def main(_: DictConfig) -> None:
     """One job: checked, planned, and trained here or handed to whoever launches it."""
     with cli.refusing():
-        composed = config.compose(list(HydraConfig.get().overrides.task))
+        composed = config.compose(launch.typed("task"))
         config.check(composed)
         cfg, here = composed.cfg, composed.cfg.launch.name == "here"
         # a login node need not have the job's GPUs

@@ -32,7 +32,7 @@ def build(node: DictConfig, *args, **kwargs):
 
 
 def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
 
 
 def optimizer_groups(model: torch.nn.Module, cfg: DictConfig) -> list[dict]:
@@ -52,8 +52,7 @@ def optimizer_groups(model: torch.nn.Module, cfg: DictConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm,
-         torch.nn.LocalResponseNorm)  # fmt: skip
+NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)
 
 
 def steps(cfg: DictConfig, task) -> int:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -215,21 +216,33 @@ def leave(code: int) -> None:
 def reason(error: BaseException) -> str:
     """What is wrong, in one line that ends in what to do."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _no_option(error.missing_cfg_file.rpartition("/"), error.options or [])
+        return _no_option(error.missing_cfg_file.split("/"), error.options or [])
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r} ({_first(error)}): write key=value, quote special characters: \"key='a b'\""
     if found := re.match(r"Could not (?:override|delete|append to config).*?'(.+?)'", str(error)):
-        return f"unknown key {found[1]}{config.meant(found[1], _known())}"
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        lines = str(error).splitlines() or [type(error).__name__]
+        known = _known()
+        if found[1] not in known:
+            return f"unknown key {found[1]}{config.meant(found[1], known)}"
+        why = f" ({_first(error.__cause__)})" if error.__cause__ else ""
+        return f"{found[1]} does not fit the options that are chosen{why}: leave it out, or choose another option"
+    if str(error).startswith("Config group override must"):
+        groups = [word for word in job.words if re.fullmatch(r"[\w/]+=.*", word)]
+        return f"an option of a group is given by its name, as base=sgp: see {' '.join(groups)}"
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key + ': ' if error.full_key else ''}{_first(error)}"
+    if isinstance(error, HydraException):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if isinstance(error.__cause__, OmegaConfBaseException):
-            lines += str(error.__cause__).splitlines()[:1]
-        return " ".join(line.strip() for line in lines[:2])
+            lines[1:] = [f"({_first(error.__cause__)})"]
+        return " ".join(lines[:2])
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
-def _no_option(where, options: list[str]) -> str:
-    group, _, option = where
+def _no_option(path: list[str], options: list[str]) -> str:
+    depth = 0
+    while depth < len(path) - 1 and path[depth] != ".." and CONFIGS.joinpath(*path[: depth + 1]).is_dir():
+        depth += 1
+    group, option = "/".join(path[:depth]), "/".join(path[depth:])
     close = config.meant(option, options)
     if group == "experiment":
         return f"no experiment={option}{close or ': python run.py --help lists what there is'}"
@@ -256,13 +269,13 @@ def _first(error: BaseException) -> str:
 
 def overview() -> str:
     """The commands to begin with and the experiments, by task and data."""
-    lines = ["SlowMo: m workers take tau steps of a base algorithm, then their average takes a step of slow momentum.", "", COMMANDS]
+    lines = ["SlowMo: m workers take tau steps of a base algorithm, then their average takes a step of slow momentum.", "", COMMANDS,
+             "experiment= one of these, by task and data:", ""]  # fmt: skip
     shapes = CONFIGS / "experiment/shape"
     for path in sorted(shapes.glob("*.yaml"), key=lambda path: (path.stem != "quickstart", _task(path))):
-        names = sorted(one.stem for one in path.parents[1].glob(f"{path.stem}_*.yaml"))
-        about = path.read_text().splitlines()[1].removeprefix("# ")
-        task, data = _task(path)
-        lines += [f"task {task}, data {data}: {about}", *(f"  experiment={name}" for name in names), ""]
+        names = " ".join(sorted(one.stem for one in path.parents[1].glob(f"{path.stem}_*.yaml")))
+        about = path.read_text().splitlines()[1].removeprefix("# ").partition(". ")[0].rstrip(".")
+        lines += [f"{'{}, {}'.format(*_task(path))}: {about}", *textwrap.wrap(names, 110, initial_indent="  ", subsequent_indent="  "), ""]
     groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "runtime"))
     lines += [f"{group + '=':12}{', '.join(sorted(path.stem for path in (CONFIGS / group).glob('*.yaml')))}" for group in groups]
     lines += ["", "README.md has the keys. A run's folder, runs/<experiment>[,key=value...]/seed<seed>, is a function of its command."]

@@ -6,12 +6,13 @@ import difflib
 import inspect
 import math
 from collections import defaultdict
+from typing import ClassVar
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import _locate
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,9 +45,9 @@ def compose(words: list[str]) -> Composed:
     """
     running = HydraConfig.get() if HydraConfig.initialized() else None
     name = running.job.config_name if running else "config"
-    loader = _Loader(GlobalHydra.instance().config_loader().get_search_path(), name, _hydra_words())
-    loader.final = picked = loader.compute_defaults_list(name, loader.words + words, RunMode.RUN).overrides.known_choices
+    loader = _Loader(GlobalHydra.instance().config_loader().get_search_path(), name, launch.typed("hydra") if running else [], words)
     cfg = loader.load_configuration(name, loader.words + words, RunMode.RUN)
+    picked = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
@@ -62,21 +63,29 @@ def compose(words: list[str]) -> Composed:
 class _Loader(ConfigLoaderImpl):
     """Hydra's, but for an experiment's values about options that have been replaced."""
 
-    def __init__(self, search_path, name: str, words: list[str]):
+    _seen: ClassVar[dict] = {}  # the options that these files and words choose: tens of milliseconds each
+
+    def __init__(self, search_path, name: str, hydra_words: list[str], words: list[str]):
         super().__init__(search_path)
-        self.name, self.words, self.final = name, words, {}  # final: {group: option}
+        self.name, self.words, self.task_words = name, hydra_words, words
         self.dropped = {}  # {key=value: the option that stands, and the file's}
+
+    def _choices(self, words: list[str]) -> dict[str, str]:
+        key = str(self.config_search_path), self.name, *self.words, *words
+        if key not in self._seen:
+            self._seen[key] = dict(self.compute_defaults_list(self.name, self.words + words, RunMode.RUN).overrides.known_choices)
+        return self._seen[key]
 
     def _load_single_config(self, default, repo):
         result = super()._load_single_config(default, repo)
         if not default.config_path.startswith("experiment/") or default.package:
             return result
-        file = default.config_path.removeprefix("experiment/")
-        own = self.compute_defaults_list(self.name, [*self.words, f"experiment={file}"], RunMode.RUN).overrides.known_choices
+        group, _, option = default.config_path.rpartition("/")
+        own, final = self._choices([f"{'+' * (group != 'experiment')}{group}={option}"]), self._choices(self.task_words)
         result = copy.copy(result)
         result.config = copy.deepcopy(result.config)
         for group, before in _groups(own).items():
-            now = self.final.get(group)
+            now = final.get(group)
             *parents, last = group.split("/")
             parent = OmegaConf.select(result.config, ".".join(parents)) if parents else result.config
             if before == now or not OmegaConf.is_dict(parent) or last not in parent:
@@ -85,13 +94,6 @@ class _Loader(ConfigLoaderImpl):
             for key, value in flat(node).items() if OmegaConf.is_dict(node) else [("", node)]:
                 self.dropped[f"{group.replace('/', '.')}.{key}".rstrip(".") + f"={value}"] = f"{group}={now}, not {before}"
         return result
-
-
-def _hydra_words() -> list[str]:
-    """The words of the command that speak to Hydra, but for how it runs."""
-    if not HydraConfig.initialized():
-        return []
-    return [word for word in HydraConfig.get().overrides.hydra if not word.lstrip("+").startswith("hydra.mode=")]
 
 
 def _groups(picked) -> dict[str, str]:
@@ -130,6 +132,8 @@ def check(composed: Composed) -> None:
         if key not in known and key not in parameters:
             raise ValueError(f"unknown key {key}{meant(key, [*known, *parameters])}")
         value = _resolved(cfg, key, values[key])
+        if key == "optimizer.lr" and isinstance(value, NUMBER) and not 0 < value < math.inf:
+            raise ValueError(f"optimizer.lr={value}: a learning rate is a positive number")
         _like(key, value, known.get(key, parameters.get(key)))
     for key in known:
         if key not in values and not key.startswith("launch.sbatch"):
@@ -152,8 +156,6 @@ def check(composed: Composed) -> None:
         raise ValueError(f"dtype={cfg.dtype}: rows are float32 or float64")
     if cfg.evaluate.batchnorm not in BATCHNORM:
         raise ValueError(f"evaluate.batchnorm={cfg.evaluate.batchnorm}: choose one of {', '.join(BATCHNORM)}")
-    if not 0 < cfg.optimizer.lr < math.inf:
-        raise ValueError(f"optimizer.lr={cfg.optimizer.lr}: a learning rate is a positive number")
     if not cfg.optimizer.get("decay_norms", True):
         raise ValueError("optimizer.decay_norms=false: the engine has one setting for all parameters yet, leave it true")
     if not 0 < cfg.cluster.timeout < 1e9:
@@ -189,8 +191,8 @@ def _resolved(cfg: DictConfig, key: str, value):
 def _parameters(cfg: DictConfig) -> dict:
     """{optimizer.KEY: default} of what the optimizer's own signature takes besides what its config has."""
     try:
-        signature = inspect.signature(get_class(cfg.optimizer._target_))
-    except (AttributeError, ImportError, TypeError, ValueError, OmegaConfBaseException):  # told when it is built
+        signature = inspect.signature(_locate(cfg.optimizer._target_))
+    except (ImportError, TypeError, ValueError, OmegaConfBaseException):  # told when it is built
         return {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {name: p.default for name, p in signature.parameters.items() if p.kind in named and p.default is not p.empty}
@@ -213,6 +215,7 @@ def _like(key: str, value, default) -> None:
         (int, number and isinstance(value, int), f"a whole number, like {default}"),
         (float, number and math.isfinite(value), f"a number, like {default}"),
         (list, isinstance(value, list), f"a list, like {default}"),
+        (dict, isinstance(value, dict), "keys with values"),
         (str, isinstance(value, str), "a word"),
     ):
         if isinstance(default, kind):

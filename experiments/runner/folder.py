@@ -36,13 +36,14 @@ def of(composed: Composed, task) -> Path:
     """Where this config's run lives: named after its experiment (or task), each group chosen otherwise and each key that differs."""
     cfg, name = composed.cfg, composed.experiment
     start = f"experiment={name}" if name else f"task={composed.choices['task']}"
-    groups = {}
+    groups, plain = {}, compose([start])
     for nested in (False, True):  # base before base/graph: choosing a base brings its own graph
-        before = compose([start, *(f"{group}={choice}" for group, choice in groups.items())]).choices
-        for group, choice in composed.choices.items():
-            if ("/" in group) == nested and before.get(group) != choice and (group not in ("cluster", "launch", "task") or name and group == "task"):
-                groups[group] = choice
-    plain = flat(compose([start, *(f"{group}={choice}" for group, choice in groups.items())]).cfg)
+        more = {group: choice for group, choice in composed.choices.items()
+                if ("/" in group) == nested and plain.choices.get(group) != choice and group not in ("cluster", "launch")}  # fmt: skip
+        if more:
+            groups |= more
+            plain = compose([start, *(f"{group}={choice}" for group, choice in groups.items())])
+    plain = flat(plain.cfg)
     name = name or composed.choices["task"]
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command

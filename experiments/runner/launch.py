@@ -46,13 +46,25 @@ class Command:
 
 def processes(cfg: DictConfig) -> int:
     """How many processes the run will have. ValueError for nonsense."""
-    names = {"local": ("processes",), "slurm": ("nodes", "tasks")}.get(cfg.launch.name, ())
-    for name in names:
-        if not isinstance(cfg.launch[name], int) or cfg.launch[name] < 1:
-            raise ValueError(f"launch.{name}={cfg.launch[name]}: a whole number >= 1")
-    if cfg.launch.name == "local":
-        return cfg.launch.processes
-    return cfg.launch.nodes * cfg.launch.tasks if cfg.launch.name == "slurm" else int(os.environ.get("WORLD_SIZE", 1))
+    given = cfg.launch
+    least = {"local": {"processes": 1}, "slurm": {"nodes": 1, "tasks": 1, "gpus": 0, "minutes": 1, "signal_seconds": 0, "max_requeues": 0,
+             "parallel": 1, "cpus": 1}}.get(given.name, {})  # fmt: skip
+    for name, low in least.items():
+        value = given[name]
+        if not (name == "cpus" and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"launch.{name}={value}: a whole number >= {low}")
+    for name in ("setup", "srun") if given.name == "slurm" else ():
+        if not all(isinstance(word, str) for word in given[name]):
+            raise ValueError(f"launch.{name}={list(given[name])}: a list of words")
+    if given.name == "local":
+        return given.processes
+    return given.nodes * given.tasks if given.name == "slurm" else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def typed(whom: str) -> list[str]:
+    """The words of this job as they were typed, ${...} and all: those for the `task`, or those for `hydra`, without how it is to run."""
+    words = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)[whom]
+    return [word for word in words if not word.lstrip("+").startswith("hydra.mode=")]
 
 
 def command() -> Command:
@@ -65,8 +77,8 @@ def command() -> Command:
             words.append(f"{flag}={Path(source.path).absolute()}")
     if running.job.config_name != "config":
         words.append(f"--config-name={running.job.config_name}")
-    words += [word for word in running.overrides.hydra if not word.lstrip("+").startswith("hydra.mode=")]
-    words += [word for word in running.overrides.task if not re.match(r"[+~]*launch([.=/@]|$)", word)]
+    words += typed("hydra")
+    words += [word for word in typed("task") if not re.match(r"[+~]*launch([.=/@]|$)", word)]
     return Command([*words, "launch=here"])
 
 
@@ -83,8 +95,8 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
     count = cfg.launch.processes
     if cfg.cluster.threads is None:
         words = [*words, f"cluster.threads={threads(count)}"]
-        print(f"launch=local: {count} processes of {threads(count)} threads each, {len(os.sched_getaffinity(0))} cores; set cluster.threads "
-              "for another number", flush=True)  # fmt: skip
+        cores = len(os.sched_getaffinity(0))
+        print(f"launch=local: processes = {count}, threads of each = {threads(count)}, cores = {cores}; cluster.threads=N for others", flush=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -103,7 +115,10 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
                      "MASTER_PORT": port}  # fmt: skip
             environment = os.environ | {name: str(value) for name, value in ranks.items()}
             # in a session of its own: Ctrl-C comes once, from here
-            children.append(subprocess.Popen([sys.executable, str(RUN), *words], env=environment, start_new_session=True))
+            try:
+                children.append(subprocess.Popen([sys.executable, str(RUN), *words], env=environment, start_new_session=True))
+            except OSError as error:
+                raise OSError(f"process {rank} of {count} does not start ({error.strerror}): lower launch.processes") from None
         deadline = None
         while any(child.poll() is None for child in children):
             if deadline is None and any(child.poll() for child in children):
@@ -174,6 +189,8 @@ def submit(launch: DictConfig, runs: str, commands: list[Command]) -> int:
     try:
         with given.batch():
             jobs = [given.submit(command) for command in commands]
+    except OSError as error:
+        raise OSError(f"{Path(runs).absolute() / 'slurm'} cannot be written ({error.strerror or error}): set runs=ANOTHER_FOLDER") from None
     except Exception as error:  # submitit hands sbatch's own words on
         raise ValueError(f"sbatch refused the job: {error}") from None
     number = jobs[0].job_id.partition("_")[0]
