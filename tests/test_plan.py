@@ -332,9 +332,10 @@ def test_an_experiment_alone_is_what_hydra_composes(name):
 def test_another_option_has_its_own_values(word, group, own):
     """Whether the experiment's stand in its own file or in the shape it builds on; the other groups keep the experiment's."""
     plain, found = composed("experiment=photos_slowmo_sgp"), composed("experiment=photos_slowmo_sgp", word)
-    defaults = composed(*(f"{name}={choice}" for name, choice in found.choices.items())).cfg[group]
-    assert found.cfg[group] == defaults and own.items() <= OmegaConf.to_container(defaults).items()
-    assert all(found.cfg[name] == plain.cfg[name] for name in plain.cfg if name != group)
+    defaults = composed(*(f"{name}={choice}" for name, choice in found.choices.items()))
+    before, now, bare = (OmegaConf.to_container(one.cfg) for one in (plain, found, defaults))
+    assert now[group] == bare[group] and own.items() <= now[group].items()
+    assert all(now[name] == before[name] for name in before if name != group)
     config_check(found)
     (said,) = {"outer": ["outer.beta=0.4"], "data": ["data.train=3072"]}.get(group, [found.dropped[0].rpartition(" (")[0]])
     assert found.dropped == [f"{said} ({word}, not {plain.choices[group]})"] and f"{group}." in said

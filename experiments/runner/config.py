@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections import defaultdict
 from typing import ClassVar
 
@@ -45,7 +46,10 @@ def compose(words: list[str]) -> Composed:
     """
     running = HydraConfig.get() if HydraConfig.initialized() else None
     name = running.job.config_name if running else "config"
-    loader = _Loader(GlobalHydra.instance().config_loader().get_search_path(), name, launch.typed("hydra") if running else [], words)
+    to_hydra = re.compile(r"[+~]*hydra[./]").match
+    own = [*(launch.typed("hydra") if running else []), *filter(to_hydra, words)]
+    words = [word for word in words if not to_hydra(word)]
+    loader = _Loader(GlobalHydra.instance().config_loader().get_search_path(), name, own, words)
     cfg = loader.load_configuration(name, loader.words + words, RunMode.RUN)
     picked = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
