@@ -1,5 +1,6 @@
 """CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ class Cifar10(Task):
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
                  width: int, stride: int = 1, channels_last: bool = True):  # fmt: skip
         if data.name not in ("photos", "cifar10"):
-            raise ValueError(f"data.name={data.name}: choose data=photos or data=cifar10")
+            raise ValueError(f"task=cifar10 does not read data={data.name}: choose data=photos or data=cifar10")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.workers, self.seed, self.batch = workers, seed, batch_size // workers
@@ -68,6 +69,13 @@ class Cifar10(Task):
             correct += float((output.argmax(1) == labels).sum())
             count += len(labels)
         return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * correct}
+
+    def found(self) -> str:
+        if self.data.name == "photos":
+            missing = [package for package in ("skimage", "sklearn") if importlib.util.find_spec(package) is None]
+            return f"not there: photographs inside the packages {' and '.join(missing)}" if missing else "photographs inside two packages"
+        folder = Path(self.data.root) / "cifar-10-batches-py"
+        return str(folder) if folder.is_dir() else f"not there: {folder}" + ", it will be downloaded" * self.data.download
 
     def _draw(self, epoch: int, worker: int) -> torch.Tensor:
         """A worker's epoch: [4, pictures] of index, top, left, flip."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside and renamed, locked, checked. What is opened is a file, never a link, a folder or a pipe.
+"""Files that are whole or not there: written aside and renamed, locked, checked. What is opened is a file, no link, folder or pipe.
 
 No torch here: whoever only reads results imports it too.
 """

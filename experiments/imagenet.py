@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -44,7 +45,7 @@ class ImageNet(HalfPrecision):
                  width: int, size: int, resize: int, scale: float, flip: bool, loaders: int, autocast: str | None, loss_scale: float,
                  channels_last: bool = True):  # fmt: skip
         if data.name not in ("imagenet", "scripts"):
-            raise ValueError(f"data.name={data.name}: choose data=imagenet or data=scripts")
+            raise ValueError(f"task=imagenet does not read data={data.name}: choose data=imagenet or data=scripts")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.compute_in(autocast, loss_scale)
@@ -55,7 +56,7 @@ class ImageNet(HalfPrecision):
         self.workers, self.seed, self.batch, self.data = workers, seed, batch_size // workers, data
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.name, self.layers, self.width = model, layers and list(layers), width
-        self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, os.cpu_count() or 1)
+        self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, len(os.sched_getaffinity(0)))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.steps_per_epoch = data.train // batch_size
         if not self.steps_per_epoch:
@@ -114,6 +115,16 @@ class ImageNet(HalfPrecision):
                 count += len(labels)
         nll, first, among = sums.tolist()
         return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * first, "top5": 100 * among}
+
+    def found(self) -> str:
+        root = Path(self.data.root)
+        if self.data.name == "scripts":
+            for about in sorted(root.glob("scripts-*/about.json")):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    if json.loads(about.read_text())["pictures"] == {"train": self.data.train, "val": self.data.validation}:
+                        return str(about.parent)
+            return f"not there: drawn under {root} from Debian's fonts when the run begins"
+        return str(root) if all((root / part).is_dir() for part in ("train", "val")) else f"not there: {root}/train and {root}/val"
 
     def _stop(self) -> None:
         self._ahead = None

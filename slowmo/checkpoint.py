@@ -47,9 +47,9 @@ def everywhere(cluster):
         yield
     except (OSError, ValueError) as raised:
         error = raised
-    if not cluster.max_flag(int(error is not None)):
+    if not cluster.all_reduce_max(int(error is not None)):
         return
-    texts = cluster.gather(None if error is None else str(error))
+    texts = cluster.all_gather_object(None if error is None else str(error))
     if error is not None:
         raise error
     rank = next(rank for rank, text in enumerate(texts) if text is not None)
@@ -68,25 +68,25 @@ def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, st
     if cluster.broadcast_object(final.exists()):
         return
     with everywhere(cluster):  # nobody writes before the folder is there
-        if cluster.leader:
+        if cluster.is_main:
             _remove(aside)
             aside.mkdir(parents=True)
     workers = [
-        {key: cluster.gather_inside(value[None])[0] if key.startswith("own.") else value for key, value in worker.items()}
+        {key: cluster.all_gather_in_worker(value) if key.startswith("own.") else value for key, value in worker.items()}
         for worker in workers
     ]
     files = {}
     with everywhere(cluster):
-        if cluster.lane == 0:
-            tensors = {f"{i}/{key}": value for i, worker in zip(cluster.ranks, workers) for key, value in worker.items()}
-            name = f"rank-{cluster.process // cluster.node:05d}.safetensors"
-            files[name] = {"sha256": _write(aside / name, tensors), "workers": list(cluster.ranks)}
-        if cluster.leader:
+        if cluster.worker_rank == 0:
+            tensors = {f"{i}/{key}": value for i, worker in zip(cluster.local_workers, workers) for key, value in worker.items()}
+            name = f"rank-{cluster.rank // cluster.worker_size:05d}.safetensors"
+            files[name] = {"sha256": _write(aside / name, tensors), "workers": list(cluster.local_workers)}
+        if cluster.is_main:
             files["global.safetensors"] = {"sha256": _write(aside / "global.safetensors", shared), "workers": []}
-    files = {name: facts for part in cluster.gather(files) for name, facts in part.items()}
+    files = {name: facts for part in cluster.all_gather_object(files) for name, facts in part.items()}
     with everywhere(cluster):
-        if cluster.leader:
-            body = {"format": FORMAT, "step": step, "workers": cluster.size, "state": state, "files": files}
+        if cluster.is_main:
+            body = {"format": FORMAT, "step": step, "workers": cluster.num_workers, "state": state, "files": files}
             with open(aside / "manifest.json", "x") as file:
                 json.dump({"sha256": _digest_of(body), "body": body}, file, indent=1)
                 file.flush()
@@ -100,7 +100,7 @@ class Checkpoint:
     """A checkpoint whose checksums were right. step; state and shared as they were saved, tensors on the CPU."""
 
     def __init__(self, path: Path, cluster):
-        self.path, self._lane, self._node = path, *((cluster.lane, cluster.node) if cluster else (0, 0))
+        self.path, self._lane, self._node = path, *((cluster.worker_rank, cluster.node) if cluster else (0, 0))
         manifest = _manifest(path)
         self.step, self.workers, self.state, self._files = (manifest[key] for key in ("step", "workers", "state", "files"))
 
@@ -145,28 +145,28 @@ def load(folder: Path, cluster) -> tuple[Checkpoint | None, list[str]]:
     on every rank.
     """
     with everywhere(cluster):
-        if cluster.leader and folder.exists():
+        if cluster.is_main and folder.exists():
             for left in folder.glob("*.partial"):
                 _remove(left)
     with everywhere(cluster):
-        paths = [str(path) for path in _found(folder)] if cluster.leader else None
+        paths = [str(path) for path in _found(folder)] if cluster.is_main else None
     complaints = []
     for path in map(Path, cluster.broadcast_object(paths)):
         problem, found = "", None
         with everywhere(cluster):
             try:
                 found = Checkpoint(path, cluster)
-                if found.workers != cluster.size:
-                    raise ValueError(f"{path} has {found.workers} workers, this run {cluster.size}: set workers={found.workers}")
-                found.verify(cluster.ranks)
+                if found.workers != cluster.num_workers:
+                    raise ValueError(f"{path} has {found.workers} workers, this run {cluster.num_workers}: set workers={found.workers}")
+                found.verify(cluster.local_workers)
             except Damaged as error:
                 problem = str(error)
-        problems = [text for text in cluster.gather(problem) if text]
+        problems = [text for text in cluster.all_gather_object(problem) if text]
         if not problems:
             return found, complaints
         complaints.append(f"checkpoint {path.name} is damaged ({problems[0]}), kept as {path.name}.damaged")
         with everywhere(cluster):
-            if cluster.leader:
+            if cluster.is_main:
                 aside = path.with_name(f"{path.name}.damaged")
                 _remove(aside)
                 os.rename(path, aside)

@@ -6,7 +6,6 @@
 
 import contextlib
 import copy
-import functools
 import weakref
 
 import torch
@@ -247,8 +246,7 @@ class SlowMo(torch.optim.Optimizer):
         base.inner.load(0, own, shared)
         self.algorithm.slow = None
         if slow:
-            zeros = functools.partial(torch.zeros_like, requires_grad=False)
-            self.algorithm.slow = {segment: (zeros(segment.x), zeros(segment.x)) for segment in self.replicas.segments}
+            self.algorithm.blank()
             for p, (segment, place) in self._stands_in_for.items():
                 for key, block in zip(self.algorithm.slow_names, self.algorithm.slow[segment]):
                     place.of(block, 0).copy_(slow[p][key])

@@ -97,12 +97,12 @@ def small(name, request) -> list[str]:
     if suite in ("imagenet", "scripts"):
         return ["data=imagenet", f"data.root={request.getfixturevalue('imagenet')}", "data.train=66", "data.validation=21",
                 "data.classes=3", "workers=4", "task.batch_size=8", "task.layers=[1,1,0,0]", "task.width=4", "task.size=32",
-                "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu", "evaluate.worker_samples=8"]  # fmt: skip
+                "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu"]  # fmt: skip
     if suite in ("wmt16", "ende"):
         return ["data=wmt16", f"data.root={request.getfixturevalue('wmt16')}", "workers=4", "task.layers=1", "task.dim=16", "task.ffn=16",
                 "task.heads=2", "task.max_tokens=48", "task.pieces=2", "cluster.threads=1", "cluster.device=cpu",
                 "evaluate.worker_samples=8"]  # fmt: skip
-    words = ["data.train=256", "data.validation=16", f"data.root={request.getfixturevalue('cache')}", "evaluate.worker_samples=8"]
+    words = ["data.train=256", "data.validation=16", f"data.root={request.getfixturevalue('cache')}"]
     if suite == "cifar10":
         words += ["data=photos", "task.width=8", "task.batch_size=64", "cluster.threads=1", "cluster.device=cpu"]
     return words
@@ -287,6 +287,76 @@ def test_through_torchrun(straight, tmp_path):
     (result,) = tmp_path.glob("*/seed1/result.json")
     assert (strict(result)["processes"], strict(result)["step"]) == (2, 46)
     assert_close_run(result.parent, straight)
+
+
+# ---- sweeps
+
+
+SHORT = ("task=quadratic", "workers=4", "steps=6", "outer.tau=3", "dtype=float64")
+
+
+def test_a_refusal_does_not_end_a_sweep(tmp_path):
+    """Nor does one that Hydra itself finds, nor an error that nobody foresaw; the largest exit code is the sweep's."""
+    done = command("-m", *SHORT, "outer.beta=1.5,0.5", "seed=1,2", cwd=tmp_path)
+    assert done.code == 2 and done.err == 2 * "error: beta=1.5: the slow momentum lies in [0, 1)\n"
+    assert done.out.endswith(
+        "4 jobs: 2 refused, 2 done\n"
+        "  refused     outer.beta=1.5 seed=1  beta=1.5: the slow momentum lies in [0, 1)\n"
+        "  refused     outer.beta=1.5 seed=2  beta=1.5: the slow momentum lies in [0, 1)\n"
+        "  done        outer.beta=0.5 seed=1\n  done        outer.beta=0.5 seed=2\n"
+    )
+    assert len(list(tmp_path.glob("runs/*/seed*/result.json"))) == len(list(tmp_path.glob("runs/*/*"))) == 2
+    done = command("-m", *SHORT[:3], "outer=nope,none,average", "base=local_sgd,sgp", "outer.tau=3", "runs=other", cwd=tmp_path)
+    assert done.code == 2 and "6 jobs: 4 refused, 2 done" in done.out and "Traceback" not in done.err
+    assert "refused     outer=nope base=sgp" in done.out and "done        outer=average base=sgp" in done.out
+
+    def bug(rank):
+        def raise_it():
+            raise ZeroDivisionError("of nobody's making")
+
+        at_call(Tally, "start", 3, raise_it)
+
+    done = command("-m", *SHORT, "seed=1,2", "runs=third", cwd=tmp_path, before=bug)
+    assert done.code == 1 and "Traceback" in done.err and "2 jobs: 1 failed, 1 done" in done.out
+    assert "  failed      seed=1  ZeroDivisionError: of nobody's making\n" in done.out
+    assert [path.parent.name for path in tmp_path.glob("third/*/*/result.json")] == ["seed2"]
+
+
+def test_a_signal_ends_a_sweep(tmp_path):
+    done = command("-m", *SHORT, "steps=50", "seed=1,2,3", cwd=tmp_path, before=signal_at_step(13, signal.SIGTERM))
+    assert done.code == 128 + signal.SIGTERM and "saved at step 13" in done.out
+    assert "3 jobs: 1 stopped, 2 not started" in done.out and [path.name for path in tmp_path.glob("runs/*/*")] == ["seed1"]
+
+
+def test_options_in_a_sweep_have_their_own_values(tmp_path):
+    """A sweep over a group that the experiment sets values of."""
+    words = ("experiment=photos_slowmo_sgp", "outer=slowmo,lookahead,none", "dry_run=true")
+    done = command("-m", *words, cwd=tmp_path)
+    assert done.code == 0 and "3 jobs: 3 done" in done.out, done.text
+    for title in ("slowmo (tau = 12, alpha = 1.0, beta = 0.4,", "lookahead (tau = 5, alpha = 0.5, beta = 0.0,", "none\n"):
+        assert f"outer = {title}" in done.out
+
+
+def test_sweeps_on_two_processes(tmp_path):
+    """All processes run all jobs, also after a refused one, and meet anew for each."""
+    words = (*SHORT, "outer.beta=0.5,2.0", "seed=1,2,3")
+    done = command("-m", *words, cwd=tmp_path, processes=2)
+    assert done.codes == [2, 2] and done.out.count("6 jobs: 3 done, 3 refused") == 1 and done.out.count("processes = 2 (2 a process)") == 3
+    assert command("-m", *words, "runs=alone", cwd=tmp_path).code == 2
+    for seed in (1, 2, 3):
+        (two,), (alone,) = (tmp_path.glob(f"{runs}/*/seed{seed}") for runs in ("runs", "alone"))
+        assert_close_run(two, alone)
+
+
+def test_a_sweep_through_torchrun(tmp_path):
+    """Its agent keeps one store for all jobs."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(ROOT / "run.py"), "-m", *SHORT, "seed=1,2"], check=False, cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 2 and "2 jobs: 2 done" in done.stdout
+    assert [strict(path)["processes"] for path in tmp_path.glob("runs/*/*/result.json")] == [2, 2]
 
 
 # ---- stopped and killed runs

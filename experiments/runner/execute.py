@@ -11,14 +11,16 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import files
-from experiments.runner import plan, run_dir
+from experiments.runner import run_dir
+from experiments.runner.build import algorithm as algorithm_of
 from experiments.runner.progress import Progress
 from experiments.runner.recorder import RunRecorder
 from slowmo import checkpoint
 from slowmo.checkpoint import everywhere
 from slowmo.cluster import Cluster
-from slowmo.replicas import Replicas
-from slowmo.train import Tally, evaluate, train
+from slowmo.evaluate import evaluate, evaluate_workers
+from slowmo.state import load_state_dict, state_dict
+from slowmo.train import TrainingMeter, train
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
@@ -38,10 +40,10 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
         with contextlib.ExitStack() as held:
             code = _execute(cfg, task, schedule, steps, path, cluster, held)
     except RuntimeError as error:
-        if cluster.processes == 1 or not _lost(error):
+        if cluster.world_size == 1 or not _lost(error):
             raise
-        print(f"error: another process of this run has ended, or does not answer ({str(error).splitlines()[0]}); the same command goes on from "
-              "the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"error: another process of this run has ended, or does not answer ({str(error).splitlines()[0]}); the same command goes on "
+              "from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
         return ALONE
     cluster.close()
     return code
@@ -50,41 +52,34 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
 def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: Cluster, held: contextlib.ExitStack) -> int:
     result, complaints = _open(cfg, path, cluster, held)
     if result:
-        if cluster.leader:
+        if cluster.is_main:
             if "diverged" in result:
                 print(f"diverged {result['diverged']}")
             print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
         return NAN if result["status"] == "diverged" else 0
     saved, damages = checkpoint.load(path / "checkpoints", cluster)
     with everywhere(cluster):
-        if not saved and cluster.leader and (reached := run_dir.trained_to(path)):
-            raise ValueError("; ".join([*complaints, *damages, f"{path} shows training up to step {reached} and has no whole checkpoint to go "
-                             "on from: put one back, or start anew with resume=never (nothing is deleted)"]))  # fmt: skip
-    replicas = Replicas(task.model(), cluster, accumulate=max(1, task.pieces // cluster.node), loss_scale=task.loss_scale)
-    optimizer = plan.build(cfg.optimizer, [replicas.rows])
-    algorithm = plan.build(cfg.base, replicas, optimizer)
-    if cfg.outer.get("_target_"):
-        algorithm = plan.build(cfg.outer, algorithm)
-    tally = Tally(len(cluster.ranks), cluster.device)
+        if not saved and cluster.is_main and (reached := run_dir.trained_to(path)):
+            raise ValueError("; ".join([*complaints, *damages, f"{path} shows training up to step {reached} and has no whole checkpoint "
+                             "to go on from: put one back, or start anew with resume=never (nothing is deleted)"]))  # fmt: skip
+    replicas, algorithm = algorithm_of(cfg, task.model(), cluster, max(1, task.pieces // cluster.worker_size), task.loss_scale)
+    meter = TrainingMeter(len(cluster.local_workers), cluster.device)
     recorder = RunRecorder(path, cfg, cluster)
-    progress = Progress(steps, cluster.leader)
+    progress = Progress(steps, cluster.is_main)
 
     def save() -> None:
-        tally.settle()
-        rows, shared = algorithm.state()
-        own = {"buffers": replicas.buffers(), "losses": tally.losses.unsqueeze(1)}
-        workers = [
-            {key: value[row] for key, value in rows.items()} | {f"own.{key}": value[row] for key, value in own.items()}
-            for row in range(len(cluster.ranks))
-        ]
-        state = {"seconds": tally.seconds, "count": tally.count, "record": recorder.state()}
-        checkpoint.save(path / "checkpoints", algorithm.steps, cluster, workers, shared, state)
+        meter.synchronize()
+        found = state_dict(algorithm)
+        workers = [worker | {"own.loss": meter.losses[row]} for row, worker in enumerate(found["workers"])]
+        state = {key: found[key] for key in ("steps", "groups")}
+        state |= {"seconds": meter.seconds, "count": meter.count, "record": recorder.state()}
+        checkpoint.save(path / "checkpoints", algorithm.steps, cluster, workers, found["shared"], state)
         recorder.saved()
 
     for complaint in (*(f"{text}: made anew" for text in complaints), *damages):
         progress.say(complaint)
     if saved:
-        _restore(saved, cluster, replicas, algorithm, tally)
+        _restore(saved, cluster, algorithm, meter)
         progress.say(f"resumed at step {algorithm.steps}")
     elif damages or complaints:
         progress.say("no whole checkpoint is left: starting afresh")
@@ -92,15 +87,27 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         progress.say(complaint)
     del saved  # nothing of it lives on
     if recorder.lacks_model(algorithm.steps):
-        losses, count = tally.losses.clone(), tally.count  # an evaluation starts a new row, and this one is none
-        recorder.save_model(algorithm.steps, evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, 1)[1])
-        tally.losses.copy_(losses)
-        tally.count = count
+        losses, count = meter.losses.clone(), meter.count  # an evaluation starts a new row, and this one is none
+        recorder.save_model(algorithm.steps, evaluate(task, replicas, algorithm, meter, cfg.evaluate.batchnorm)[1])
+        meter.losses.copy_(losses)
+        meter.count = count
+
+    apart = {}  # what workers were just before the exact average that an evaluation falls behind
+
+    def due_at(step: int) -> bool:
+        return step == steps or step % cfg.evaluate.every == 0
+
+    def before_average(step: int) -> None:
+        apart.clear()
+        if due_at(step):
+            apart.update(evaluate_workers(task, replicas, algorithm, cfg.evaluate.band))
 
     def note(step: int) -> str:
         """Evaluate and write the row down; what is NaN, and no row, when the model is NaN already though no loss has shown it."""
-        row, model = evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, cfg.evaluate.worker_samples)
-        for name, what in (("validation_loss", "the validation loss of the averaged model"), ("spread", "the parameters")):
+        row, model = evaluate(task, replicas, algorithm, meter, cfg.evaluate.batchnorm)
+        row |= apart or evaluate_workers(task, replicas, algorithm, cfg.evaluate.band)
+        apart.clear()
+        for name, what in (("validation_loss", "the validation loss of the averaged model"), ("consensus_distance", "the parameters")):
             if not math.isfinite(row[name]):
                 return f"{what} ({name}) became {row[name]}"
         recorder.save_model(step, model)
@@ -110,22 +117,22 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
 
     status, reason, finite = "done", "", algorithm.steps
     with _signals(), progress:
-        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, tally):
-            progress.step(step, schedule(step - 1), tally)
+        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, cfg.cluster.vectorize, before_average):
+            progress.step(step, schedule(step - 1), meter)
             last = step == steps
-            due, save_due = last or step % cfg.evaluate.every == 0, last or step % cfg.checkpoint_every == 0
+            due, save_due = due_at(step), last or step % cfg.checkpoint_every == 0
             meet = due or save_due or step % AGREE_EVERY == 0
-            if not meet and cluster.processes > 1:
+            if not meet and cluster.world_size > 1:
                 continue
             # the largest code of any process is everybody's, at the same step
-            code = cluster.max_flag(DIVERGED if meet and tally.diverged() else stopped_by[0])
+            code = cluster.all_reduce_max(DIVERGED if meet and meter.diverged() else stopped_by[0])
             if code == DIVERGED:
-                reason = next(filter(None, cluster.gather(_losses(tally, cluster))))
+                reason = next(filter(None, cluster.all_gather_object(_losses(meter, cluster))))
             elif due:
                 reason = note(step)
             if reason:
                 status = "diverged"
-                recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "seconds": tally.seconds, "diverged": True})
+                recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "seconds": meter.seconds, "diverged": True})
                 break
             finite = step if meet else finite
             if save_due or code:
@@ -144,7 +151,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         if task.final:
             recorder.save_iterates(algorithm)
         facts = task.finish(run_dir.saved_models(path), cluster)
-    recorder.finish(status, algorithm.steps, tally.seconds, facts)
+    recorder.finish(status, algorithm.steps, meter.seconds, facts)
     if status == "diverged":
         progress.say(f"diverged {facts['diverged']}")
     progress.say(f"{status}: {path / 'result.json'}")
@@ -155,7 +162,7 @@ def _open(cfg: DictConfig, path: Path, cluster: Cluster, held: contextlib.ExitSt
     """Take the folder for this run alone: the result that it holds, if any, and what is damaged. Rank 0 looks, everybody gets its answer."""
     found = None
     with everywhere(cluster):
-        if cluster.leader:
+        if cluster.is_main:
             if files.kind(path) not in (None, "a folder") and not path.is_dir():
                 raise OSError(f"{path} is {files.kind(path)}, not a folder: move it away")
             path.mkdir(parents=True, exist_ok=True)
@@ -172,20 +179,29 @@ def _open(cfg: DictConfig, path: Path, cluster: Cluster, held: contextlib.ExitSt
     return cluster.broadcast_object(found)
 
 
-def _restore(saved: checkpoint.Checkpoint, cluster, replicas, algorithm, tally: Tally) -> None:
+class _Workers:
+    """The workers of a checkpoint that are hosted here, each read when it is asked for."""
+
+    def __init__(self, saved: checkpoint.Checkpoint, cluster: Cluster, losses: torch.Tensor):
+        self.saved, self.cluster, self.losses = saved, cluster, losses
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        found = self.saved.worker(self.cluster.local_workers[row])
+        self.losses[row] = found.pop("own.loss")
+        return found
+
+
+def _restore(saved: checkpoint.Checkpoint, cluster: Cluster, algorithm, meter: TrainingMeter) -> None:
     with everywhere(cluster):
-        workers = [saved.worker(i) for i in cluster.ranks]
-    stacked = {key: torch.stack([worker[key] for worker in workers]).to(cluster.device) for key in workers[0]}
-    algorithm.load({key: value for key, value in stacked.items() if not key.startswith("own.")}, saved.shared)
-    replicas.load_buffers(stacked["own.buffers"])
-    tally.losses.copy_(stacked["own.losses"][:, 0])
-    tally.seconds, tally.count = saved.state["seconds"], saved.state["count"]
+        workers = _Workers(saved, cluster, meter.losses)
+        load_state_dict(algorithm, {"workers": workers, "shared": saved.shared, **{key: saved.state[key] for key in ("steps", "groups")}})
+    meter.seconds, meter.count = saved.state["seconds"], saved.state["count"]
 
 
-def _losses(tally: Tally, cluster: Cluster) -> str:
+def _losses(meter: TrainingMeter, cluster: Cluster) -> str:
     """Which worker's training loss is not finite, on this rank."""
-    bad = [row for row, loss in enumerate(tally.losses.tolist()) if not math.isfinite(loss)]
-    return f"the training loss of worker {cluster.ranks[bad[0]]} became {tally.losses[bad[0]].item()}" if bad else ""
+    bad = [row for row, loss in enumerate(meter.losses.tolist()) if not math.isfinite(loss)]
+    return f"the training loss of worker {cluster.local_workers[bad[0]]} became {meter.losses[bad[0]].item()}" if bad else ""
 
 
 def _lost(error: RuntimeError) -> bool:

@@ -11,9 +11,9 @@ from rich.progress import Progress as Bar
 class Progress:
     """steps: of the whole run. A line at every evaluation, and in a log file one every `pause` seconds besides."""
 
-    def __init__(self, steps: int, leader: bool, pause: float = 30.0):
-        self.steps, self.leader, self.pause = steps, leader, pause
-        self.live = leader and sys.stdout.isatty()
+    def __init__(self, steps: int, is_main: bool, pause: float = 30.0):
+        self.steps, self.is_main, self.pause = steps, is_main, pause
+        self.live = is_main and sys.stdout.isatty()
         self.bar = None
         if self.live:
             columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
@@ -30,21 +30,21 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def step(self, step: int, lr: float, tally) -> None:
+    def step(self, step: int, lr: float, meter) -> None:
         """Shown at most four times a second, so that a GPU is not made to wait for its loss."""
-        if not self.leader:
+        if not self.is_main:
             return
         now = time.monotonic()
         if self.first is None:
-            self.first, self.shown = (step, tally.seconds), now
+            self.first, self.shown = (step, meter.seconds), now
             return
         if now - self.shown < (0.25 if self.live else self.pause):
             return
         self.shown = now
-        tally.settle()  # reading a loss waits for a GPU; that is training time
-        if tally.count:
-            self.loss = float(tally.losses.sum()) / tally.count / len(tally.losses)
-        rate = (step - self.first[0]) / max(tally.seconds - self.first[1], 1e-9)
+        meter.synchronize()  # reading a loss waits for a GPU; that is training time
+        if meter.count:
+            self.loss = float(meter.losses.sum()) / meter.count / len(meter.losses)
+        rate = (step - self.first[0]) / max(meter.seconds - self.first[1], 1e-9)
         text = f"loss {self.loss:.4f}  lr {lr:.4g}  {rate:.2f} it/s{self.accuracy}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
@@ -61,5 +61,5 @@ class Progress:
     def say(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, highlight=False)
-        elif self.leader:
+        elif self.is_main:
             print(text, flush=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from experiments import files
+from experiments.runner.build import arithmetic_now
 from experiments.runner.run_dir import saved_models
 from slowmo.checkpoint import everywhere
 
@@ -38,7 +39,7 @@ class RunRecorder:
     def saved(self) -> None:
         """A checkpoint has the record now: models that neither it nor the one before knows go."""
         with everywhere(self.cluster):
-            if self.cluster.leader:
+            if self.cluster.is_main:
                 self._prune()
         self.before = list(self._models())
 
@@ -52,7 +53,7 @@ class RunRecorder:
             self.rows, self.digests = list(state["rows"]), dict(state["models"])
             self.lost, self.before = list(state["lost"]), list(state["before"])
         with everywhere(self.cluster):
-            if self.cluster.leader:
+            if self.cluster.is_main:
                 for folder in (self.path, self.path / "models"):
                     files.sweep(folder)
                 if state and (missing := self._rows_missing()):
@@ -68,7 +69,7 @@ class RunRecorder:
         row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
         self.rows.append(row)
         with everywhere(self.cluster):
-            if self.cluster.leader:
+            if self.cluster.is_main:
                 with files.open_file(self.path / "metrics.jsonl", "ab") as file:
                     file.write(json.dumps(row).encode() + b"\n")
                     file.flush()
@@ -84,7 +85,7 @@ class RunRecorder:
             return
         name = _model_name(step)
         with everywhere(self.cluster):
-            if self.cluster.leader:
+            if self.cluster.is_main:
                 (self.path / "models").mkdir(exist_ok=True)
                 with files.aside(self.path / name) as aside:
                     try:
@@ -100,15 +101,17 @@ class RunRecorder:
 
     def save_iterates(self, algorithm) -> None:
         """final.npz: x [m, d], the de-biased workers; mean [d]; u [d] ([m, d] without exact averages, zeros where there is none)."""
-        cluster, d = self.cluster, algorithm.replicas.parameters
-        x, mean, u = (None if t is None else t.detach()[:, :d].cpu().numpy() for t in (algorithm.rows, algorithm.average(), algorithm.u))
-        parts = cluster.gather((x, u))[:: cluster.node]
+        cluster, replicas, k = self.cluster, algorithm.replicas, algorithm.slow_names.index("u") if algorithm.slow_names else None
+        slow = None if k is None else replicas.flat([values[k] for values in algorithm.slow.values()])
+        tensors = (replicas.rows(), replicas.flat(algorithm.base.average()), slow)
+        x, mean, u = (None if t is None else t.cpu().numpy() for t in tensors)
+        parts = cluster.all_gather_object((x, u))[:: cluster.worker_size]
         with everywhere(cluster):
-            if cluster.leader:
+            if cluster.is_main:
                 x = np.concatenate([part[0] for part in parts])
                 if u is None:
                     u = np.zeros_like(x[0])
-                elif getattr(algorithm, "exact", True):
+                elif algorithm.exact:
                     u = parts[0][1][0]
                 else:
                     u = np.concatenate([part[1] for part in parts])
@@ -121,7 +124,7 @@ class RunRecorder:
         """result.json: what a table needs, `facts` of the task among it, where it came from, and the checksums of the other files."""
         rows = [row for row in self.rows if not row.get("diverged")]
         with everywhere(self.cluster):
-            if not self.cluster.leader:
+            if not self.cluster.is_main:
                 return
             self.before = []
             self._prune()
@@ -139,11 +142,12 @@ class RunRecorder:
                 **facts,
                 **({"lost": sorted(self.lost)} if self.lost else {}),
                 "promise": OmegaConf.to_container(self.cfg.promise),
-                "workers": self.cluster.size,
-                "processes": self.cluster.processes,
+                "workers": self.cluster.num_workers,
+                "processes": self.cluster.world_size,
                 "commit": self.commit,
                 "versions": _versions(),
                 "hardware": _hardware(self.cluster.device),
+                "arithmetic": arithmetic_now(),
             }
             sealed = files.sealed(files.parse(json.dumps(result)), self.digests)
             files.write(self.path / "result.json", json.dumps(sealed, indent=1) + "\n")

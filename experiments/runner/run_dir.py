@@ -15,14 +15,12 @@ import os
 import re
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from experiments import files
-from experiments.runner.plan import choices, flat
+from experiments.runner.config import Composed, compose, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
 IGNORED_KEYS = ("seed", "dry_run", "resume", "checkpoint_every", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download",
@@ -30,18 +28,19 @@ IGNORED_KEYS = ("seed", "dry_run", "resume", "checkpoint_every", "runs", "promis
 FILES, FOLDERS = ("config.yaml", "metrics.jsonl", "result.json", "final.npz", ".lock"), ("checkpoints", "models")
 
 
-def run_dir(cfg: DictConfig, task) -> Path:
+def run_dir(composed: Composed, task) -> Path:
     """Where this config's run lives: named after its experiment (or task), each group chosen otherwise and each key that differs."""
-    experiment = HydraConfig.get().runtime.choices.get("experiment")
-    name, start = (experiment, f"experiment={experiment}") if experiment else (cfg_task := choices()["task"], f"task={cfg_task}")
-    groups = {}
+    cfg, name = composed.cfg, composed.experiment
+    start = f"experiment={name}" if name else f"task={composed.choices['task']}"
+    groups, plain = {}, compose([start])
     for nested in (False, True):  # base before base/graph: choosing a base brings its own graph
-        start_with = [start, *(f"{group}={choice}" for group, choice in groups.items())]
-        before = hydra.compose("config", overrides=start_with, return_hydra_config=True).hydra.runtime.choices
-        for group, choice in choices().items():
-            if ("/" in group) == nested and before.get(group) != choice and group not in ("cluster", "launch", "task"):
-                groups[group] = choice
-    plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
+        more = {group: choice for group, choice in composed.choices.items()
+                if ("/" in group) == nested and plain.choices.get(group) != choice and group not in ("cluster", "launch")}  # fmt: skip
+        if more:
+            groups |= more
+            plain = compose([start, *(f"{group}={choice}" for group, choice in groups.items())])
+    plain = flat(plain.cfg)
+    name = name or composed.choices["task"]
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(IGNORED_KEYS) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command
     parts = [f"{k}={v}".removesuffix(".0") for k, v in [*sorted(groups.items()), *sorted(changed.items())]]  # 1.0 is 1
