@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.runner import folder, plan
+from experiments.runner.loggers import Loggers
 from experiments.runner.progress import Progress
 from slowmo import checkpoint
 from slowmo.cluster import Cluster
@@ -35,7 +36,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         algorithm = plan.build(cfg.outer, algorithm)
     tally = Tally(len(cluster.ranks), cluster.device)
     book = folder.Book(path, cfg, cluster)
-    progress = Progress(steps, cluster.leader)
+    progress = Progress(steps, cluster.leader, path / "log.txt")
 
     def save() -> None:
         tally.settle()
@@ -55,6 +56,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         tally.seconds, tally.count = state["seconds"], state["count"]
         progress.say(f"resumed at step {algorithm.steps}")
     book.open(algorithm.steps)
+    loggers = Loggers(cfg, path, cluster, progress, tally, algorithm.steps)
 
     def note(step: int) -> bool:
         """Evaluate and write the row down; False, and no row, when the model is NaN already though no loss has shown it."""
@@ -64,12 +66,14 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
         book.keep(step, model)
         book.add({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
         progress.row(book.rows[-1])
+        loggers.row(book.rows[-1])
         return True
 
     status = "done"
-    with _signals(), progress:
+    with _signals(), progress, loggers:
         for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, tally):
             progress.step(step, schedule(step - 1), tally)
+            loggers.step(step, schedule(step - 1), tally)
             last = step == steps
             due, save_due = last or step % cfg.evaluate.every == 0, last or step % cfg.checkpoint_every == 0
             meet = due or save_due or step % AGREE_EVERY == 0

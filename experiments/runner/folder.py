@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_model
 from experiments.runner.plan import choices, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
-NEUTRAL = ("seed", "dry_run", "checkpoint_every", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download", "data.cache",
+NEUTRAL = ("seed", "dry_run", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download", "data.cache",
            "task.problem", "task.loaders")  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def of(cfg: DictConfig, task) -> Path:
         start_with = [start, *(f"{group}={choice}" for group, choice in groups.items())]
         before = hydra.compose("config", overrides=start_with, return_hydra_config=True).hydra.runtime.choices
         for group, choice in choices().items():
-            if ("/" in group) == nested and before.get(group) != choice and group not in ("cluster", "launch", "task"):
+            if ("/" in group) == nested and before.get(group) != choice and group not in ("cluster", "launch", "logger", "task"):
                 groups[group] = choice
     plain = flat(hydra.compose("config", overrides=[start, *(f"{group}={choice}" for group, choice in groups.items())]))
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(NEUTRAL) and plain.get(k) != v}

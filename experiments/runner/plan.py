@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.runner import launch
+from experiments.runner import launch, loggers
 from slowmo.cluster import Cluster, fold
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
@@ -20,7 +20,7 @@ from slowmo.train import BATCHNORM
 
 def check(cfg: DictConfig) -> None:
     """ValueError, with the remedy, for unknown keys and values that no run can have."""
-    bare = hydra.compose("config", overrides=[f"{group}={choice}" for group, choice in choices().items()])
+    bare = hydra.compose("config", overrides=[*(f"{group}={choice}" for group, choice in choices().items()), loggers.chosen(cfg)])
     known = flat(bare)
     for key, value in flat(cfg).items():
         if key.startswith("launch.sbatch."):  # whatever this cluster knows
@@ -40,6 +40,7 @@ def check(cfg: DictConfig) -> None:
     for name in ("evaluate.worker_samples", "cluster.threads"):
         if OmegaConf.select(cfg, name) is not None:
             _whole(name, OmegaConf.select(cfg, name))
+    loggers.check(cfg)
     if (cfg.steps is None) == (cfg.epochs is None):
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
     if cfg.dtype not in ("float32", "float64"):
