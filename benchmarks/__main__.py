@@ -1,6 +1,6 @@
-"""Our iterations against limits and peers: one table of ratios, results/benchmarks/cpu.csv.
+"""Our iterations against limits and peers: one table of ratios, results/mine/benchmarks/cpu.csv.
 
-    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv]
+    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv, which is published]
 
 Emulated links want root (scripts/emulated_network.sh); --only loopback, --only process leave them out. All of it takes twenty
 minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
@@ -22,7 +22,7 @@ from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.runtime import number
-from results.tables import BENCHMARKS
+from results.tables import MINE
 
 HOSTS, RATE = 4, "400mbit"
 PLACES = {"links": f"{HOSTS} hosts, {RATE}", "loopback": "2 processes, loopback", "process": "one process"}
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=BENCHMARKS)
+    parser.add_argument("--out", type=Path, default=MINE / "benchmarks/cpu.csv")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the links' rows alone, within their network
     options = parser.parse_args()
     chosen = [row for row in rows() if options.only in f"{row.where}: {row.what} over {row.against}"]

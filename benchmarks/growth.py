@@ -1,4 +1,4 @@
-"""How an algorithm's own cost grows: `python -m benchmarks.growth` writes results/benchmarks/growth.csv, in some minutes; figures draw it.
+"""How an algorithm's own cost grows: `python -m benchmarks.growth` writes results/mine/benchmarks/growth.csv, in some minutes; figures draw it.
 
     step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every 12th) against m at d = 1e6, and against d at m = 2
     memory     the process's peak against m at d = 1e6
@@ -24,7 +24,7 @@ from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.seconds import exponents
-from results.tables import BENCHMARKS
+from results.tables import MINE
 
 WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=BENCHMARKS.with_name("growth.csv"))
+    parser.add_argument("--out", type=Path, default=MINE / "benchmarks/growth.csv")
     options = parser.parse_args()
     lines = [{"what": "start", "m": 8, "d": 0, "value": start()}]
     print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)

@@ -137,7 +137,7 @@ def assert_close_run(folder, expected) -> None:
     for name in right:
         np.testing.assert_allclose(left[name], right[name], rtol=1e-12, atol=1e-12)
     for row, other in zip(rows(folder), rows(expected), strict=True):
-        texts = ("evaluated", "u_norm") if other["u_norm"] is None else ("evaluated",)
+        texts = ("evaluated", "slow_momentum_norm") if other["slow_momentum_norm"] is None else ("evaluated",)
         assert all(row.pop(name) == other.pop(name) for name in texts)
         assert row == pytest.approx(other, rel=1e-9, abs=1e-12)
 
@@ -168,9 +168,9 @@ def test_every_experiment_takes_two_steps(name, request, tmp_path):
     folder = finished(f"experiment={name}", "steps=2", "epochs=null", *small(name, request), cwd=tmp_path)
     result, (row,) = strict(folder / "result.json"), rows(folder)
     assert (result["status"], result["step"], result["experiment"]) == ("done", 2, name)
-    assert row["step"] == 2 and 0 < row["train_loss"] < 1000 and row["nll_min"] <= row["nll_max"]
+    assert row["step"] == 2 and 0 < row["train_loss"] < 1000 and row["nll_worker_min"] <= row["nll_worker_max"]
     if "accuracy" in row:
-        assert 0 <= row["accuracy_min"] <= row["accuracy_max"] <= 100
+        assert 0 <= row["accuracy_worker_min"] <= row["accuracy_worker_max"] <= 100
     else:
         assert set(result["bleu"]) == {"valid", "test"} and all(0 <= facts["bleu"] <= 100 for facts in result["bleu"].values())
     assert folder.parent.name.startswith(name) and folder.name == "seed1"

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.runner import launch
+from experiments.runner import launch, loggers
 from slowmo.cluster import layout
 from slowmo.evaluate import BATCHNORM
 from slowmo.vectorize import MODES
@@ -128,7 +128,7 @@ def flat(cfg: DictConfig) -> dict:
 def check(composed: Composed) -> None:
     """ValueError, with the remedy, for unknown keys and values that no run can have."""
     cfg = composed.cfg
-    known = flat(compose([f"{group}={choice}" for group, choice in composed.choices.items()]).cfg)
+    known = flat(compose([*(f"{group}={choice}" for group, choice in composed.choices.items()), loggers.chosen(cfg)]).cfg)
     parameters = _parameters(cfg)
     values = flat(cfg)
     for key in values:
@@ -153,6 +153,7 @@ def check(composed: Composed) -> None:
         _whole(name, OmegaConf.select(cfg, name), least)
     if cfg.cluster.threads is not None:
         _whole("cluster.threads", cfg.cluster.threads)
+    loggers.check(cfg)
     if (cfg.steps is None) == (cfg.epochs is None):
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
     whole_steps(cfg)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from experiments import files
 from experiments.runner import run_dir
 from experiments.runner.build import algorithm as algorithm_of
+from experiments.runner.loggers import Loggers
 from experiments.runner.progress import Progress
 from experiments.runner.recorder import RunRecorder
 from slowmo import checkpoint
@@ -65,7 +66,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
     replicas, algorithm = algorithm_of(cfg, task.model(), cluster, max(1, task.pieces // cluster.worker_size), task.loss_scale)
     meter = TrainingMeter(len(cluster.local_workers), cluster.device)
     recorder = RunRecorder(path, cfg, cluster)
-    progress = Progress(steps, cluster.is_main)
+    progress = Progress(steps, cluster.is_main, path / "log.txt")
 
     def save() -> None:
         meter.synchronize()
@@ -92,6 +93,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         meter.losses.copy_(losses)
         meter.count = count
 
+    loggers = Loggers(cfg, path, cluster, progress, meter, algorithm.steps)
     apart = {}  # what workers were just before the exact average that an evaluation falls behind
 
     def due_at(step: int) -> bool:
@@ -113,12 +115,14 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         recorder.save_model(step, model)
         recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
         progress.row(recorder.rows[-1])
+        loggers.row(recorder.rows[-1])
         return ""
 
     status, reason, finite = "done", "", algorithm.steps
-    with _signals(), progress:
+    with _signals(), progress, loggers:
         for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, cfg.cluster.vectorize, before_average):
             progress.step(step, schedule(step - 1), meter)
+            loggers.step(step, schedule(step - 1), meter)
             last = step == steps
             due, save_due = due_at(step), last or step % cfg.checkpoint_every == 0
             meet = due or save_due or step % AGREE_EVERY == 0
