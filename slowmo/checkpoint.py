@@ -100,7 +100,7 @@ class Checkpoint:
     """A checkpoint whose checksums were right. step; state and shared as they were saved, tensors on the CPU."""
 
     def __init__(self, path: Path, cluster):
-        self.path, self._lane, self._node = path, *((cluster.worker_rank, cluster.node) if cluster else (0, 0))
+        self.path, self._worker_rank, self._worker_size = path, *((cluster.worker_rank, cluster.worker_size) if cluster else (0, 0))
         manifest = _manifest(path)
         self.step, self.workers, self.state, self._files = (manifest[key] for key in ("step", "workers", "state", "files"))
 
@@ -120,7 +120,7 @@ class Checkpoint:
         found = self._read(self._file(i), f"{i}/")
         for key, value in found.items():
             if key.startswith("own."):
-                found[key] = value[self._lane] if len(value) == self._node else value.double().mean(0).to(value.dtype)
+                found[key] = value[self._worker_rank] if len(value) == self._worker_size else (value if value.is_complex() else value.double()).mean(0).to(value.dtype)
         return found
 
     def _file(self, worker: int) -> str:

@@ -340,8 +340,8 @@ def bucketed(m, everything, accumulate, base=slowmo.AllReduce, told=False):
     Buckets.megabytes = 0.01  # this process ends with the test
     model = Forks(wide=2**15)
     cluster = Cluster(m)
-    meet = range(m) if base is slowmo.AllReduce else cluster.ranks  # Local SGD: only the processes of one worker
-    workers = [(i, lane) for i in meet for lane in range(cluster.node)]
+    meet = range(m) if base is slowmo.AllReduce else cluster.local_workers  # Local SGD: only the processes of one worker
+    workers = [(i, lane) for i in meet for lane in range(cluster.worker_size)]
     start = flat(model)
     mean = torch.stack([gradient(model, i, everything, lane) for i, lane in workers]).mean(0)
     replicas = Replicas(model, cluster, accumulate=1 + accumulate if told else 1)
@@ -351,8 +351,8 @@ def bucketed(m, everything, accumulate, base=slowmo.AllReduce, told=False):
             algorithm.start()
         if backward == accumulate:
             assert not algorithm.buckets.means  # nothing left too early
-        for i, replica in zip(cluster.ranks, replicas.models):
-            replica(inputs(i, lane=cluster.lane), uses(i, everything)).backward()
+        for i, replica in zip(cluster.local_workers, replicas.models):
+            replica(inputs(i, lane=cluster.worker_rank), uses(i, everything)).backward()
     early = len(algorithm.buckets.means)
     algorithm.step(0.5)
     expected = start - 0.5 * (1 + accumulate) * mean
@@ -412,10 +412,10 @@ def overlapping():
             for step in range(3):
                 for _ in range(starts):
                     algorithm.start()
-                for model, batch in zip(replicas.models, quadratic(4).batches(step, replicas.cluster.ranks, (0, 1))):
+                for model, batch in zip(replicas.models, quadratic(4).batches(step, replicas.cluster.local_workers, (0, 1))):
                     quadratic(4).loss(model, batch).backward()
                 algorithm.step(0.1)
-            results.append((algorithm.rows.detach().clone(), replicas.cluster.ranks))
+            results.append((algorithm.rows.detach().clone(), replicas.cluster.local_workers))
     return results
 
 
@@ -437,7 +437,7 @@ def test_messages_are_rounded_wherever_the_receiver_lives(name, dtype):
     def rounds(steps, base=base):
         replicas, algorithm = build(quadratic(4), 4, base)
         rows = replicas.rows.detach()
-        rows[:, :3] = start[list(replicas.cluster.ranks)]
+        rows[:, :3] = start[list(replicas.cluster.local_workers)]
         for _ in range(steps):
             algorithm.start()
             algorithm.step(0.0)

@@ -23,7 +23,7 @@ NEWEST = "step-000000006"
 def state(cluster):
     """(workers, shared, state) that name their worker and, in `own.`, their rank; several types and strides."""
     workers = []
-    for i in cluster.ranks:
+    for i in cluster.local_workers:
         z = (i + torch.arange(6) / 7).float()
         workers.append({
             "z": z,
@@ -32,8 +32,8 @@ def state(cluster):
             "w": torch.tensor([i + 1 / 3], dtype=torch.float64),
             "flags": z > 3,
             "count": torch.tensor(2**40 + i),
-            "own.buffers": torch.tensor([i + cluster.lane / 4, i + cluster.lane / 4 + 10.0], dtype=torch.float64),
-            "own.batches": torch.tensor(4 * i + 2 * cluster.lane),
+            "own.buffers": torch.tensor([i + cluster.worker_rank / 4, i + cluster.worker_rank / 4 + 10.0], dtype=torch.float64),
+            "own.batches": torch.tensor(4 * i + 2 * cluster.worker_rank),
             "own.none": torch.zeros(0),
         })  # fmt: skip
     shared = {"steps": torch.tensor(12), "x0": torch.tensor([[1 / 3, -0.0, 1e-310]], dtype=torch.float64)}
@@ -55,7 +55,7 @@ def load(folder):
 def attempt(folder, function=load, before=None):
     """The kind of error and its message, or what `function` gives."""
     if before:
-        before(Cluster(M).process)
+        before(Cluster(M).rank)
     try:
         return function(folder)
     except (OSError, ValueError) as error:
@@ -81,13 +81,13 @@ def check(folders):
         assert not complaints and found.state == numbers and found.step == 12
         assert found.shared.keys() == shared.keys() and all(same_bits(found.shared[key], shared[key]) for key in shared)
         saved_with = max(processes // M, 1)  # ranks a worker had
-        for i, expected in zip(cluster.ranks, workers):
+        for i, expected in zip(cluster.local_workers, workers):
             got = found.worker(i)
             assert got.keys() == expected.keys()
-            if saved_with != cluster.node:  # the mean over them
+            if saved_with != cluster.worker_size:  # the mean over them
                 lanes = sum(range(saved_with)) / saved_with
                 expected = expected | {
-                    "own.buffers": expected["own.buffers"] + (lanes - cluster.lane) / 4,
+                    "own.buffers": expected["own.buffers"] + (lanes - cluster.worker_rank) / 4,
                     "own.batches": torch.tensor(int(4 * i + 2 * lanes)),
                 }
             assert all(same_bits(got[key], expected[key]) for key in expected), (processes, i, got)

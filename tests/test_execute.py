@@ -19,7 +19,7 @@ from test_run import SGP, assert_same_run, checkpoints, flip, halve, rows, stric
 
 from experiments import files
 from experiments.runner import run_dir
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 WORDS = (*SGP, "evaluate.keep=2")
 CANARY = "nobody's business"
@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_said(straight, tmp_path):
 
 
 def test_the_end_of_another_process_is_one_line(tmp_path):
-    kill = lambda rank: rank and at_call(Tally, "start", 30, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    kill = lambda rank: rank and at_call(TrainingMeter, "start", 30, lambda: os.kill(os.getpid(), signal.SIGKILL))
     done = command(*WORDS, cwd=tmp_path, processes=2, before=kill)
     assert done.codes == [1, -signal.SIGKILL] and "Traceback" not in done.err
     assert "error: another process of this run has ended" in done.err and "goes on from the last checkpoint" in done.err
@@ -320,7 +320,7 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on(half, tmp_path):
 
 def test_before_its_first_checkpoint_a_run_may_begin_again(straight, tmp_path):
     """Killed at step 6 of 7: a row of step 5 is there, and lost is nothing but time."""
-    kill = lambda rank: at_call(Tally, "start", 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    kill = lambda rank: at_call(TrainingMeter, "start", 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert command(*WORDS, cwd=tmp_path, before=kill).code == -signal.SIGKILL
     assert_whole(finished(*WORDS, cwd=tmp_path), straight)
 
@@ -354,7 +354,7 @@ def test_a_resumed_run_takes_no_more_memory(half, tmp_path):
                         (torch.Tensor, torch.nn.Parameter)}  # fmt: skip
             (tmp_path / f"{name}.bytes").write_text(str(sum(storages.values())))
 
-        return lambda rank: at_call(Tally, "start", step, note)
+        return lambda rank: at_call(TrainingMeter, "start", step, note)
 
     finished(*WORDS, "task.dimension=200", "runs=fresh", cwd=tmp_path, before=weigh(27, "fresh"))
     stop = signal_at_step(23, signal.SIGTERM)
@@ -378,7 +378,7 @@ def test_where_data_are_cached_is_no_part_of_the_outcome(tmp_path):
 def test_a_stopped_rank_ends_the_other_by_its_timeout(tmp_path):
     """And once both are gone the run goes on."""
     words = (*WORDS, "cluster.timeout=3")
-    stop = lambda rank: rank and at_call(Tally, "start", 20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    stop = lambda rank: rank and at_call(TrainingMeter, "start", 20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     started = Command(*words, cwd=tmp_path, processes=2, before=stop)
     try:
         end = time.monotonic() + 40

@@ -48,7 +48,7 @@ def trajectories(m) -> dict:
         x = run(quadratic(m), replicas, algorithm, STEPS, lr)
         inner = getattr(algorithm, "base", algorithm)
         parts = {"x": x, "mean": algorithm.average(), "u": algorithm.u, "w": getattr(inner, "w", None)}
-        results[name] = (replicas.cluster.ranks, {k: v for k, v in parts.items() if v is not None})
+        results[name] = (replicas.cluster.local_workers, {k: v for k, v in parts.items() if v is not None})
     return results
 
 
@@ -74,7 +74,7 @@ def gossip_alone_bits(m) -> torch.Tensor:
 def trajectories_of(base, m):
     replicas, algorithm = build(quadratic(m), m, base, nesterov)
     with mock.patch.object(slowmo.train, "where_it_pays", lambda *_: None):  # it needs two rows, and sums in another order
-        return replicas.cluster.ranks, run(quadratic(m), replicas, algorithm, STEPS, 0.1)
+        return replicas.cluster.local_workers, run(quadratic(m), replicas, algorithm, STEPS, 0.1)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -87,9 +87,9 @@ def test_gossip_is_bitwise_the_same_under_another_folding(processes):
 
 def shifted(m, hops):
     cluster = Cluster(m)
-    rows = torch.tensor([[float(i), i + 0.5, -i] for i in cluster.ranks])
+    rows = torch.tensor([[float(i), i + 0.5, -i] for i in cluster.local_workers])
     received = {hop: cluster.shift(rows, hop, torch.empty_like(rows))() for hop in hops}
-    return cluster.ranks, received, cluster.mean(rows)
+    return cluster.local_workers, received, cluster.mean(rows)
 
 
 @pytest.mark.parametrize("processes, m", [(1, 5), (2, 6), (3, 3), (3, 6), (6, 3)])

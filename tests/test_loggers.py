@@ -14,7 +14,7 @@ import torch
 from commands import arrays, command, finished, signal_at_step
 
 from experiments.runner.progress import Progress
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 RUN = ("task=quadratic", "workers=4", "steps=46", "base=sgp", "outer.tau=4", "evaluate.every=15", "checkpoint_every=7", "log_every=10",
        "task.noise=0.3", "dtype=float64")  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_bar_reaches_its_end_and_fits(steps, monkeypatch):
     screen.isatty = lambda: True
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
-    tally = Tally(2, torch.device("cpu"))
+    tally = TrainingMeter(2, torch.device("cpu"))
     tally.losses += 123.456
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen)
@@ -64,7 +64,7 @@ def test_the_bar_reaches_its_end_and_fits(steps, monkeypatch):
     assert max(map(len, lines)) <= 80 and "…" not in screen.getvalue()
 
 
-@pytest.mark.parametrize("row, fourth", [({"accuracy": 31.6, "consensus_distance": 1.0}, "accuracy 31.60"), ({"consensus_distance": 0.5}, "consensus_distance 0.5")])
+@pytest.mark.parametrize("row, fourth", [({"accuracy": 31.6, "consensus_distance": 1.0}, "accuracy 31.60"), ({"consensus_distance": 0.5}, "distance 0.5")])
 def test_an_evaluation_is_one_line_of_five_columns(row, fourth, capsys):
     progress = Progress(1_200_000, True)
     progress.row(ROW | row)

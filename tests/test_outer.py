@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slowmo import Average, NesterovOuter, SlowMo
 from slowmo.base import BUFFERS
-from slowmo.train import Tally, train
+from slowmo.train import TrainingMeter, train
 
 
 def nesterov(rows):
@@ -277,7 +277,7 @@ def test_a_run_saved_anywhere_goes_on_bitwise(base, outer, optimizer):
     task = quadratic(m, d=3)
     replicas, algorithm = make(m, base, outer, optimizer, tau)
     states = [clone(algorithm.state())]
-    tally = Tally(m, torch.device("cpu"))
+    tally = TrainingMeter(m, torch.device("cpu"))
     for _ in train(task, replicas, algorithm, rate, steps, task.seed, tally):
         states.append(clone(algorithm.state()))
     assert not torch.equal(states[-1][0]["z"], states[-2][0]["z"])

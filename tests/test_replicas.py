@@ -11,7 +11,7 @@ from processes import spawn
 import slowmo
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas
-from slowmo.train import Tally, evaluate, train
+from slowmo.train import TrainingMeter, evaluate, train
 
 
 def local(replicas, lr=0.1, base="local_sgd", **options):
@@ -175,13 +175,13 @@ def strange(clear, base="allreduce", m=2, discard=False, skip=False, model=convo
         if skip:
             algorithm.start()
         if discard or skip:
-            backward(replicas, x[replicas.cluster.ranks.start :].flip(0) + 1)
+            backward(replicas, x[replicas.cluster.local_workers.start :].flip(0) + 1)
             for handle in algorithm.buckets.handles if algorithm.buckets else []:
                 handle.wait() if handle else None  # a fast network: what was sent has arrived
             clear(replicas, algorithm)
         algorithm.start()
         clear(replicas, algorithm)
-        backward(replicas, x[replicas.cluster.ranks.start :])
+        backward(replicas, x[replicas.cluster.local_workers.start :])
         algorithm.step()
     return replicas.rows.detach().clone(), replicas
 
@@ -283,7 +283,7 @@ def trained(m=3, steps=3, dropout=0.5):
     task = Normal(dropout)
     replicas = Replicas(task.model(), Cluster(m))
     algorithm = local(replicas, base="sgp" if m > 1 else "local_sgd")
-    tally = Tally(len(replicas.models), torch.device("cpu"))
+    tally = TrainingMeter(len(replicas.models), torch.device("cpu"))
     for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, 0, tally):
         pass
     return task, replicas, algorithm, tally
@@ -408,7 +408,7 @@ def test_a_loss_scale_changes_nothing_else(base):
     for scale in (1.0, 1024.0):
         task = quadratic(2)
         replicas = Replicas(task.model(), Cluster(2), loss_scale=scale)
-        algorithm, tally = BASES[base](replicas, sgd(replicas.rows, momentum=0.9)), Tally(2, torch.device("cpu"))
+        algorithm, tally = BASES[base](replicas, sgd(replicas.rows, momentum=0.9)), TrainingMeter(2, torch.device("cpu"))
         for _ in train(task, replicas, algorithm, lambda step: 0.1, 4, 1, tally):
             pass
         results.append((replicas.rows.detach().clone(), tally.losses))

@@ -22,7 +22,7 @@ from generated import databin, tree
 from safetensors.torch import load_file
 
 import slowmo.train
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 # Table 1 of the paper: best training loss and best validation accuracy or BLEU, without and with SlowMo
@@ -314,7 +314,7 @@ def test_a_refusal_does_not_end_a_sweep(tmp_path):
         def raise_it():
             raise ZeroDivisionError("of nobody's making")
 
-        at_call(Tally, "start", 3, raise_it)
+        at_call(TrainingMeter, "start", 3, raise_it)
 
     done = command("-m", *SHORT, "seed=1,2", "runs=third", cwd=tmp_path, before=bug)
     assert done.code == 1 and "Traceback" in done.err and "2 jobs: 1 failed, 1 done" in done.out
@@ -390,9 +390,9 @@ class Place:
 # fsync: two at the start (config, metrics), two an evaluation (model, row), and a checkpoint's workers, its global file and its manifest.
 # replace: two at the start, ten models, then final.npz and result.json
 PLACES = [
-    Place(Tally, "start", 3),  # nothing saved yet
-    Place(Tally, "start", 20),
-    Place(Tally, "start", 46),
+    Place(TrainingMeter, "start", 3),  # nothing saved yet
+    Place(TrainingMeter, "start", 20),
+    Place(TrainingMeter, "start", 46),
     Place(os, "fsync", 5),  # the workers of the first checkpoint
     Place(os, "fsync", 7),  # the manifest of the first checkpoint
     Place(os, "rename", 1),  # whole, but not yet under its name
@@ -416,7 +416,7 @@ def test_killed_again_and_again(straight, tmp_path):
     """One run, at moments of a fixed seed; some of them bring it no further than it was."""
     rng = random.Random(20)
     for steps in [rng.randint(1, 12) for _ in range(4)]:
-        assert command(*SGP, cwd=tmp_path, before=Place(Tally, "start", steps)).code == -signal.SIGKILL
+        assert command(*SGP, cwd=tmp_path, before=Place(TrainingMeter, "start", steps)).code == -signal.SIGKILL
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
 
 
@@ -425,7 +425,7 @@ def test_killed_by_the_clock(straight, tmp_path):
     rng, killed = random.Random(5), 0
 
     def before(delay):
-        return lambda rank: at_call(Tally, "start", 1, threading.Timer(delay, die).start)
+        return lambda rank: at_call(TrainingMeter, "start", 1, threading.Timer(delay, die).start)
 
     for _ in range(3):
         killed += command(*SGP, cwd=tmp_path, before=before(rng.uniform(0, 0.02))).code == -signal.SIGKILL
@@ -436,7 +436,7 @@ def test_killed_by_the_clock(straight, tmp_path):
 def test_killed_as_one_of_two_processes(straight_on_two, tmp_path):
     """The other one notices (here soon, by its timeout); both together go on later."""
     words = (*SGP, "cluster.timeout=20")
-    started = Command(*words, cwd=tmp_path, processes=2, before=lambda rank: rank and Place(Tally, "start", 30)(rank))
+    started = Command(*words, cwd=tmp_path, processes=2, before=lambda rank: rank and Place(TrainingMeter, "start", 30)(rank))
     try:
         done = started.wait(60)
     finally:
@@ -446,7 +446,7 @@ def test_killed_as_one_of_two_processes(straight_on_two, tmp_path):
 
 
 def test_half_a_metric_row_is_no_row(straight, tmp_path):
-    assert command(*SGP, cwd=tmp_path, before=Place(Tally, "start", 18)).code == -signal.SIGKILL
+    assert command(*SGP, cwd=tmp_path, before=Place(TrainingMeter, "start", 18)).code == -signal.SIGKILL
     (metrics,) = tmp_path.rglob("metrics.jsonl")
     with open(metrics, "a") as file:
         file.write('{"step": 20, "epo')
@@ -485,7 +485,7 @@ def test_killed_with_real_data(task, request, tmp_path):
     words = real(task, request)
     expected = finished(*words, "runs=straight", cwd=tmp_path)
     for step in (6, 6):  # the second counts from the checkpoint of step 4
-        assert command(*words, cwd=tmp_path, before=Place(Tally, "start", step)).code == -signal.SIGKILL
+        assert command(*words, cwd=tmp_path, before=Place(TrainingMeter, "start", step)).code == -signal.SIGKILL
     folder = finished(*words, cwd=tmp_path)
     assert rows(folder) == rows(expected)
     state = same_files(folder, expected, "checkpoints/step-000000011")
@@ -523,7 +523,7 @@ def test_loaders_survive_the_signal_of_their_run(request, tmp_path):
         for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
             os.kill(process, signal.SIGTERM)
 
-    done = command(*words, cwd=tmp_path, before=lambda rank: at_call(Tally, "start", 5, everybody))
+    done = command(*words, cwd=tmp_path, before=lambda rank: at_call(TrainingMeter, "start", 5, everybody))
     assert done.code == 128 + signal.SIGTERM and "SIGTERM: saved at step 5" in done.out, done.text
     folder = finished(*words, cwd=tmp_path)
     assert rows(folder) == rows(expected)
@@ -543,7 +543,7 @@ def test_signals(number, straight, tmp_path):
 
 def test_a_second_signal_ends_at_once(straight, tmp_path):
     def before(rank):
-        at_call(Tally, "start", 13, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+        at_call(TrainingMeter, "start", 13, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
 
     assert command(*SGP, cwd=tmp_path, before=before).code == -signal.SIGTERM
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
@@ -607,7 +607,7 @@ def test_stopped_from_outside(tmp_path):
 def test_asked_again_after_the_end(tmp_path):
     folder = finished(*SGP, cwd=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    done = command(*SGP, cwd=tmp_path, before=lambda rank: at_call(Tally, "start", 1, die))
+    done = command(*SGP, cwd=tmp_path, before=lambda rank: at_call(TrainingMeter, "start", 1, die))
     assert done.code == 0 and "already done at step 46" in done.out and "delete the folder" in done.out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     assert command(*SGP, cwd=tmp_path, processes=2).out.count("already done at step 46") == 1
@@ -725,7 +725,7 @@ def test_one_run_a_folder_at_a_time(straight, tmp_path):
             while not (tmp_path / "go").exists():
                 time.sleep(0.005)
 
-        at_call(Tally, "start", 10, wait)
+        at_call(TrainingMeter, "start", 10, wait)
 
     first = Command(*SGP, cwd=tmp_path, before=hold)
     try:

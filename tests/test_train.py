@@ -11,7 +11,7 @@ from processes import spawn
 
 import slowmo
 import slowmo.train
-from slowmo.train import BATCHNORM, Tally, evaluate, train
+from slowmo.train import BATCHNORM, TrainingMeter, evaluate, train
 
 
 def nesterov(rows):
@@ -41,7 +41,7 @@ def trained(evaluations=(), m=3, base="sgp", optimizer=adam, steps=5, seed=0, ta
     """(replicas, algorithm, tally, rows) after `steps`; each of `evaluations` is made before the first and after every step."""
     task = task or Normal()
     replicas, algorithm = build(task, m, base, optimizer, slow)
-    tally = Tally(len(replicas.models), torch.device("cpu"))
+    tally = TrainingMeter(len(replicas.models), torch.device("cpu"))
     measure = lambda: [evaluate(task, replicas, algorithm, tally, norms, samples=4)[0] for norms in evaluations]
     rows = measure()
     for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, seed, tally):
@@ -106,14 +106,14 @@ def test_a_row_is_what_it_says():
 def test_a_row_without_slow_momentum_or_training():
     task = quadratic(2)
     replicas, algorithm = build(task, 2, "sgp")
-    row, _ = evaluate(task, replicas, algorithm, Tally(2, torch.device("cpu")))
+    row, _ = evaluate(task, replicas, algorithm, TrainingMeter(2, torch.device("cpu")))
     assert row["u_norm"] is None and row["train_loss"] is None and row["seconds"] == 0 and row["spread"] == 0
 
 
 def test_an_optimizer_without_epsilon_is_measured():
     task = quadratic(2, d=3)
     replicas, algorithm = build(task, 2, "sgp", lambda rows: torch.optim.Adam([rows], lr=0.1, eps=0.0), slow)
-    tally = Tally(2, torch.device("cpu"))
+    tally = TrainingMeter(2, torch.device("cpu"))
     for _ in train(task, replicas, algorithm, lambda step: 0.1, 3, 0, tally):
         pass
     assert torch.isfinite(replicas.models[0].x).all()
@@ -144,7 +144,7 @@ def test_time_between_two_steps_is_the_caller_s(monkeypatch):
     monkeypatch.setattr(slowmo.train, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     task = Normal()
     replicas, algorithm = build(task, 2, "sgp", adam)
-    tally = Tally(2, torch.device("cpu"))
+    tally = TrainingMeter(2, torch.device("cpu"))
     for _ in train(task, replicas, algorithm, lambda step: 0.1, 3, 0, tally):
         now[0] += 50.0  # saving, printing
     assert tally.seconds == 0.0
@@ -163,7 +163,7 @@ def test_diverged(bad, worker):
 
     task = Bad()
     replicas, algorithm = build(task, 3, "local_sgd", nesterov)
-    tally = Tally(3, torch.device("cpu"))
+    tally = TrainingMeter(3, torch.device("cpu"))
     seen = [tally.diverged() for _ in train(task, replicas, algorithm, lambda step: 0.1, 4, 0, tally)]
     assert seen == [False, False, True, True]
 
@@ -191,9 +191,9 @@ def masks(m, steps, seed=0, start=0):
     task = Masks()
     replicas, algorithm = build(task, m, "sgp", nesterov, slow)
     algorithm.base.steps = start
-    for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, seed, Tally(len(replicas.models), torch.device("cpu"))):
+    for _ in train(task, replicas, algorithm, lambda step: 0.1, steps, seed, TrainingMeter(len(replicas.models), torch.device("cpu"))):
         pass
-    return task.masks, whole_state(replicas, algorithm)["z"], replicas.cluster.ranks
+    return task.masks, whole_state(replicas, algorithm)["z"], replicas.cluster.local_workers
 
 
 def test_dropout_differs_between_workers_steps_and_seeds():

@@ -24,7 +24,7 @@ from experiments.runner.recorder import RunRecorder
 from experiments.wmt16 import WMT16
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas
-from slowmo.train import Tally, evaluate, train
+from slowmo.train import TrainingMeter, evaluate, train
 
 ROOT = Path(__file__).parent.parent
 WORKERS = 2
@@ -147,10 +147,10 @@ def rows_after(make, base, steps, processes_of=None, workers=WORKERS):
     """Rows after some steps of SlowMo, the metric row beside them."""
     task = make(workers=workers)
     cluster = Cluster(workers)
-    replicas = Replicas(task.model(), cluster, accumulate=task.pieces // cluster.node)
+    replicas = Replicas(task.model(), cluster, accumulate=task.pieces // cluster.worker_size)
     algorithm = BASES[base](replicas, sgd(replicas.rows, lr=0.5, momentum=0.9))  # Adam would blow up roundings of tiny gradients
     algorithm = slowmo.SlowMo(algorithm, tau=2, beta=0.5, buffers="maintain")
-    tally = Tally(len(cluster.ranks), torch.device("cpu"))
+    tally = TrainingMeter(len(cluster.local_workers), torch.device("cpu"))
     for _ in train(task, replicas, algorithm, lambda step: 0.5, steps, 1, tally):
         pass
     row, _ = evaluate(task, replicas, algorithm, tally)
@@ -175,7 +175,7 @@ def test_pieces_add_up_before_one_step(make):
     task = make(dropout=0.0)
     replicas = Replicas(task.model(), Cluster(WORKERS), accumulate=4)
     algorithm = slowmo.LocalSGD(replicas, sgd(replicas.rows, lr=0.1))
-    for _ in train(task, replicas, algorithm, lambda step: 0.1, 1, 1, Tally(2, torch.device("cpu"))):
+    for _ in train(task, replicas, algorithm, lambda step: 0.1, 1, 1, TrainingMeter(2, torch.device("cpu"))):
         pass
     for i, replica in enumerate(replicas.models):
         twin = task.model()

@@ -64,7 +64,8 @@ class Progress:
         fourth = ("accuracy", ".2f") if "accuracy" in row else ("consensus_distance", ".3g")
         columns = (("train_loss", ".4f"), ("validation_loss", ".4f"), fourth)
         if not self.headed:
-            self.say(f"{'step':>15}{'train loss':>13}{'val. loss':>13}{fourth[0]:>13}{'time':>13}")
+            titles = ("train loss", "val. loss", fourth[0].removeprefix("consensus_"), "time")
+            self.say(f"{'step':>15}" + "".join(f"{title:>13}" for title in titles))
             self.headed = True
         numbers = "".join(f"{_number(row.get(name), form):>13}" for name, form in columns)
         self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>13}")

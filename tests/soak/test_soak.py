@@ -23,7 +23,7 @@ from commands import Command
 from test_run import SGP, arrays, rows, strict
 
 from experiments import files
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 WORDS = (*SGP, "evaluate.keep=2", "cluster.timeout=8")
@@ -146,7 +146,7 @@ def load() -> float:
 
 def at_step(step, number, only=None):
     def before(rank):
-        real, calls = Tally.start, [0]
+        real, calls = TrainingMeter.start, [0]
 
         def start(self):
             calls[0] += 1
@@ -154,7 +154,7 @@ def at_step(step, number, only=None):
                 os.kill(os.getpid(), number)
             return real(self)
 
-        Tally.start = start
+        TrainingMeter.start = start
 
     return before
 
@@ -336,7 +336,7 @@ def two_at_once(soak, processes):
     hold = soak.rng.randint(1, 40)
 
     def before(rank):
-        real, calls = Tally.start, [0]
+        real, calls = TrainingMeter.start, [0]
 
         def start(self):
             calls[0] += 1
@@ -345,7 +345,7 @@ def two_at_once(soak, processes):
                 time.sleep(0.005)
             return real(self)
 
-        Tally.start = start
+        TrainingMeter.start = start
 
     first = Command(*WORDS, cwd=cwd, processes=processes, before=before)
     try:
