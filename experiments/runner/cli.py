@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import hydra
+import torch
 import torch.distributed as dist
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
@@ -51,8 +53,16 @@ class Outcome:
     interrupted: int = 0
 
 
+@dataclasses.dataclass
+class Sweep:
+    """The sweep under way: the number of its job, and where processes meet."""
+
+    number: int = 0
+    store: dist.Store | None = None
+
+
 job = Outcome([])  # the one under way
-_stores = []
+_sweep: Sweep | None = None
 
 
 def leading() -> bool:
@@ -102,9 +112,10 @@ def enter(main) -> None:
 
 def sweep(main, jobs: list[list[str]]) -> int:
     """Each job after the one before, whatever became of that; those of SLURM together at the end. The largest exit code."""
-    done = []
+    global _sweep
+    done, _sweep = [], Sweep()
     for k, words in enumerate(jobs):
-        _meet_under(k)
+        _sweep.number = k
         done.append(_run(main, words))
         if done[-1].interrupted:
             done += [Outcome(rest, "not started") for rest in jobs[k + 1 :]]
@@ -189,19 +200,28 @@ def expand(words: list[str]) -> list[list[str]] | None:
     return [[*flags, *own, *words] for words in jobs]
 
 
-def _meet_under(number: int) -> None:
-    """Several processes meet anew for each job of a sweep, each time under another prefix in one store.
+def meet(cfg) -> None:
+    """In a sweep on several processes: they meet anew for each job, under its own prefix of one store.
 
-    torchrun's agent keeps such a store; where there is none, process 0 does, until it ends.
+    torchrun's agent keeps such a store; where there is none, process 0 does, until it ends. Without this a later job would find the
+    addresses of an earlier one there. ConnectionError where they do not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _sweep is None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        if leading():
-            _stores.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False))
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").partition(".")[0]
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{restarts}.{number}"  # torch's prefix
+    rank, count, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=cfg.cluster.timeout)
+    try:
+        if _sweep.store is None:
+            master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            _sweep.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=master,
+                                         timeout=timeout, wait_for_workers=False)  # fmt: skip
+        cuda = cfg.cluster.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(cfg.cluster.device)
+        store = dist.PrefixStore(f"job {_sweep.number}", _sweep.store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"process {rank} of {count} did not meet the others at {where}: {_first(error)}") from error
 
 
 def leave(code: int) -> None:
