@@ -1,9 +1,9 @@
 """The command line around a run: help, sweeps, exit codes, and what was wrong, in one line and last on the screen.
 
-    0        done, or diverged: a result is written; of a sweep all jobs
-    2        refused: the config or the data are wrong
-    1        an error that nobody foresaw
-    128 + n  saved and stopped by signal n, or killed by it; a sweep ends there
+0        done, or diverged: a result is written; of a sweep all jobs
+2        refused: the config or the data are wrong
+1        an error that nobody foresaw
+128 + n  saved and stopped by signal n, or killed by it; a sweep ends there
 """
 
 import contextlib
@@ -23,8 +23,10 @@ import torch.distributed as dist
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -77,6 +79,8 @@ def say(text: str) -> None:
 
 def later(cfg, command: launch.Command) -> None:
     """This job is to be launched elsewhere."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(f"launch={cfg.launch.name}: a sweeper plugin of Hydra's runs its jobs itself, choose launch=here")
     job.elsewhere = (cfg, command)
 
 
@@ -156,7 +160,7 @@ def _run(main, words: list[str]) -> Outcome:
         traceback.print_exc()
         job.status, job.code, job.said = "failed", 1, f"{type(error).__name__}: {_first(error)}"
     finally:
-        if dist.is_initialized():  # left behind by an error: the next job's processes must be able to meet
+        if _sweep and dist.is_initialized():  # left behind by an error: the next job's processes must be able to meet
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
     return job
