@@ -41,6 +41,7 @@ def main(_: DictConfig) -> None:
         cli.say(f"{path}: {summary['title']}")
         for one in composed.dropped:
             cli.say(f"left out of {composed.experiment}: {one}")
+        cli.meet(cfg)
         cli.ended(execute(cfg, task, schedule, steps, path))
 
 

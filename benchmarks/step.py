@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 import slowmo
-from experiments.runner import plan
+from experiments.runner import config, plan
 from slowmo import outer
 
 TAU = 12
@@ -34,7 +34,7 @@ class Step:
     def __init__(self, words: list[str], random: bool, device: str):
         self.device, self.words = torch.device(device), words
         with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
-            self.cfg = cfg = hydra.compose("config", [*words, f"cluster.device={device}"])
+            self.cfg = cfg = config.compose([*words, f"cluster.device={device}"]).cfg
         self.task, m = plan.build(cfg.task), cfg.workers
         if random:
             batches = [pictures(self.task, self.device) for _ in range(m)]

@@ -73,7 +73,8 @@ class Cifar10(Task):
     def found(self) -> str:
         if self.data.name == "photos":
             missing = [package for package in ("skimage", "sklearn") if importlib.util.find_spec(package) is None]
-            return f"not there: photographs inside the packages {' and '.join(missing)}" if missing else "photographs inside two packages"
+            where = f"the photographs inside the package{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+            return f"not there: {where}" if missing else "photographs inside scikit-image and scikit-learn"
         folder = Path(self.data.root) / "cifar-10-batches-py"
         return str(folder) if folder.is_dir() else f"not there: {folder}" + ", it will be downloaded" * self.data.download
 

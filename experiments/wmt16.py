@@ -49,8 +49,8 @@ with _undisturbed():
     from fairseq.models.transformer import TransformerModel
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-# entries of the joint dictionary, and tokens of a pass over the training set, padding included. WMT16: fairseq's scaling_nmt recipe (--nwordssrc
-# 32768), and the paper's 25 epochs of 64 x 3584 tokens in about 17,000 steps; LibreOffice: of 7.4's packages, as made here with 4000 merges
+# entries of the joint dictionary, and tokens of a pass over the training set, padding included. WMT16: fairseq's scaling_nmt recipe
+# (--nwordssrc 32768), and the paper's 25 epochs in about 17,000 steps of 64 x 3584 tokens; LibreOffice: 7.4's packages with 4000 merges
 SIZES = {"wmt16": (32_768, 680 * 64 * 3584), "libreoffice": (4_232, 1877 * 512)}
 REMEDY = ("make it from Google's archive with scripts/prepare_wmt16.sh (its head says where that is) and give its data-bin with "
           "data.root=FOLDER")  # fmt: skip
@@ -97,7 +97,7 @@ class WMT16(HalfPrecision):
         ARCH_CONFIG_REGISTRY[arch](self.architecture)  # fills in what is not given
         self.label_smoothing, self._order = label_smoothing, (None, None)
         if self.there():
-            self.steps_per_epoch  # too few are found now
+            _ = self.steps_per_epoch  # too few are found now
 
     @functools.cached_property
     def fairseq(self) -> TranslationTask:
@@ -153,8 +153,8 @@ class WMT16(HalfPrecision):
         if self.data.name == "wmt16":
             where = self.data.root
             return where if self.there() else f"not there: no binarised WMT16 under {where}; its published sizes stand in, {REMEDY}"
-        return str(_made(self.data) or f"not there: made under {self.data.root} from Debian's packages (6 MB) when the run begins; the sizes "
-                                       "of version 7.4 stand in")  # fmt: skip
+        where = f"made under {self.data.root} from Debian's packages (6 MB) when the run begins; the sizes of version 7.4 stand in"
+        return str(_made(self.data) or f"not there: {where}")
 
     def batches(self, step: int, workers, part: tuple[int, int]):
         lane, processes = part

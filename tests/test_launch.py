@@ -53,7 +53,9 @@ def test_threads_are_the_cores_shared_out(tmp_path):
     cores = len(os.sched_getaffinity(0))
     share = max(1, cores // 2)
     code, out, err = run(*words, "steps=30", *LOCAL, cwd=tmp_path)
-    assert code == 0 and f"launch=local: processes = 2, threads of each = {share}, cores = {cores}; cluster.threads=N for others\n" in out, err
+    assert (
+        code == 0 and f"launch=local: processes = 2, threads of each = {share}, cores = {cores}; cluster.threads=N for others\n" in out
+    ), err
     (result,) = tmp_path.glob("runs/*/seed1/result.json")
     assert json.loads(result.read_text())["hardware"]["threads"] == share
 
@@ -79,7 +81,9 @@ def test_each_job_of_a_sweep_has_its_own_launch(tmp_path):
 # ---- a user's own configs, for each launcher
 
 
-MINE = "# @package _global_\ndefaults:\n  - override /base: sgp\n  - override /launch: %s\nworkers: 4\nsteps: 6\nouter: {tau: 3, beta: 0.25}\n"
+MINE = (
+    "# @package _global_\ndefaults:\n  - override /base: sgp\n  - override /launch: %s\nworkers: 4\nsteps: 6\nouter: {tau: 3, beta: 0.25}\n"
+)
 
 
 @pytest.fixture
@@ -207,7 +211,7 @@ def pretended(tmp_path):
     for name in ("sbatch", "srun", "scontrol", "squeue"):
         tool = tmp_path / "bin" / name
         tool.parent.mkdir(exist_ok=True)
-        tool.write_text("#!/bin/sh\necho \"no cluster answers\" >&2\nexit 1\n")
+        tool.write_text('#!/bin/sh\necho "no cluster answers" >&2\nexit 1\n')
         tool.chmod(0o755)
     return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
@@ -223,7 +227,9 @@ def test_the_plan_of_a_job(tmp_path):
     for line in ("--nodes=32", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=10", "--time=1440", "--partition=dgx",
                  "--comment=paper", "--reservation=ours", "--exclusive", "--requeue", "--signal=USR2@90"):  # fmt: skip
         assert f"#SBATCH {line}\n" in out, line
-    assert "NCCL_SOCKET_IFNAME=enp1s0f0" in out and re.search("srun .* --cpus-per-task=10 ", out) and 'scontrol requeue "$SLURM_JOB_ID"' in out
+    assert (
+        "NCCL_SOCKET_IFNAME=enp1s0f0" in out and re.search("srun .* --cpus-per-task=10 ", out) and 'scontrol requeue "$SLURM_JOB_ID"' in out
+    )
     assert not (tmp_path / "runs").exists()
     wmt = run("experiment=cifar10_sgp", "launch=slurm_dgx1", "workers=8", "dry_run=true", cwd=tmp_path, path=str(tmp_path))[1]
     assert "#SBATCH --nodes=8\n" in wmt  # a node a worker

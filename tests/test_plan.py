@@ -121,7 +121,9 @@ def test_a_schedule_may_be_zero_where_no_slow_step_is(tmp_path):
 
 def test_names_that_do_not_exist(tmp_path):
     """One line, with the name that was meant, or with all there are."""
-    assert refused(tmp_path, "experiment=cifar10_slowmo_spg") == "error: no experiment=cifar10_slowmo_spg: did you mean cifar10_slowmo_sgp?\n"
+    assert (
+        refused(tmp_path, "experiment=cifar10_slowmo_spg") == "error: no experiment=cifar10_slowmo_spg: did you mean cifar10_slowmo_sgp?\n"
+    )
     assert refused(tmp_path, "experiment=zzz") == "error: no experiment=zzz: python run.py --help lists what there is\n"
     message = refused(tmp_path, *QUADRATIC, "base=sgpp")
     assert message == "error: no base=sgpp: choose one of allreduce, dpsgd, local_sgd, osgp, sgp; did you mean sgp?\n"
@@ -268,7 +270,9 @@ def test_the_plan_of_several_processes_and_of_one_worker(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("number, text", [(999, "999 bytes"), (106_123_123, "106 MB"), (28.53e9, "28.5 GB"), (999_800, "1,000 kB"), (5e12, "5,000 GB")])
+@pytest.mark.parametrize(
+    "number, text", [(999, "999 bytes"), (106_123_123, "106 MB"), (28.53e9, "28.5 GB"), (999_800, "1,000 kB"), (5e12, "5,000 GB")]
+)
 def test_amounts_for_people(number, text):
     assert plan.amount(number) == text
 
@@ -395,7 +399,7 @@ def test_a_replaced_option_from_the_command(tmp_path):
 
 
 def test_an_optimizer_takes_what_its_signature_has():
-    summary, found = planned(*QUADRATIC, "+optimizer.dampening=0.1", "optimizer.momentum=0.9")
+    _, found = planned(*QUADRATIC, "+optimizer.dampening=0.1", "optimizer.momentum=0.9")
     assert build.build(found.cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))]).defaults["dampening"] == 0.1
     _, found = planned(*QUADRATIC, "optimizer=adamw", "+optimizer.amsgrad=true")
     built = build.build(found.cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))])

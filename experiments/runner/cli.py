@@ -1,14 +1,15 @@
 """The command line around a run: help, sweeps, exit codes, and what was wrong, in one line and last on the screen.
 
-    0        done: a result is written; of a sweep all jobs
-    3        diverged: a result is written, and asking again changes nothing
-    2        refused: the config or the data are wrong
-    1        an error that nobody foresaw
-    128 + n  saved and stopped by signal n, or killed by it; a sweep ends there
+0        done: a result is written; of a sweep all jobs
+3        diverged: a result is written, and asking again changes nothing
+2        refused: the config or the data are wrong
+1        an error that nobody foresaw
+128 + n  saved and stopped by signal n, or killed by it; a sweep ends there
 """
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import re
 import signal
@@ -18,12 +19,15 @@ import traceback
 from pathlib import Path
 
 import hydra
+import torch
 import torch.distributed as dist
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -53,8 +57,16 @@ class Outcome:
     interrupted: int = 0
 
 
+@dataclasses.dataclass
+class Sweep:
+    """The sweep under way: the number of its job, and where processes meet."""
+
+    number: int = 0
+    store: dist.Store | None = None
+
+
 job = Outcome([])  # the one under way
-_stores = []
+_sweep: Sweep | None = None
 
 
 def leading() -> bool:
@@ -74,6 +86,8 @@ def ended(code: int) -> None:
 
 def later(cfg, command: launch.Command) -> None:
     """This job is to be launched elsewhere."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(f"launch={cfg.launch.name}: a sweeper plugin of Hydra's runs its jobs itself, choose launch=here")
     job.elsewhere = (cfg, command)
 
 
@@ -110,9 +124,10 @@ def enter(main) -> None:
 
 def sweep(main, jobs: list[list[str]]) -> int:
     """Each job after the one before, whatever became of that; those of SLURM together at the end. The largest exit code."""
-    done = []
+    global _sweep
+    done, _sweep = [], Sweep()
     for k, words in enumerate(jobs):
-        _meet_under(k)
+        _sweep.number = k
         done.append(_run(main, words))
         if done[-1].interrupted:
             done += [Outcome(rest, "not started") for rest in jobs[k + 1 :]]
@@ -153,7 +168,7 @@ def _run(main, words: list[str]) -> Outcome:
         traceback.print_exc()
         job.status, job.code, job.said = "failed", 1, f"{type(error).__name__}: {_first(error)}"
     finally:
-        if dist.is_initialized():  # left behind by an error: the next job's processes must be able to meet
+        if _sweep and dist.is_initialized():  # left behind by an error: the next job's processes must be able to meet
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
     return job
@@ -197,19 +212,28 @@ def expand(words: list[str]) -> list[list[str]] | None:
     return [[*flags, *own, *words] for words in jobs]
 
 
-def _meet_under(number: int) -> None:
-    """Several processes meet anew for each job of a sweep, each time under another prefix in one store.
+def meet(cfg) -> None:
+    """In a sweep on several processes: they meet anew for each job, under its own prefix of one store.
 
-    torchrun's agent keeps such a store; where there is none, process 0 does, until it ends.
+    torchrun's agent keeps such a store; where there is none, process 0 does, until it ends. Without this a later job would find the
+    addresses of an earlier one there. ConnectionError where they do not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _sweep is None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        if leading():
-            _stores.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False))
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").partition(".")[0]
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{restarts}.{number}"  # torch's prefix
+    rank, count, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=cfg.cluster.timeout)
+    try:
+        if _sweep.store is None:
+            master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            _sweep.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=master,
+                                         timeout=timeout, wait_for_workers=False)  # fmt: skip
+        cuda = cfg.cluster.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(cfg.cluster.device)
+        store = dist.PrefixStore(f"job {_sweep.number}", _sweep.store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"process {rank} of {count} did not meet the others at {where}: {_first(error)}") from error
 
 
 def leave(code: int) -> None:

@@ -96,7 +96,8 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
     if cfg.cluster.threads is None:
         words = [*words, f"cluster.threads={threads(count)}"]
         cores = len(os.sched_getaffinity(0))
-        print(f"launch=local: processes = {count}, threads of each = {threads(count)}, cores = {cores}; cluster.threads=N for others", flush=True)
+        said = f"processes = {count}, threads of each = {threads(count)}, cores = {cores}; cluster.threads=N for others"
+        print(f"launch=local: {said}", flush=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

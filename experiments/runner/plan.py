@@ -101,14 +101,15 @@ def show(summary: dict, path) -> str:
         "iterations": f"{s['iterations']:,}",
         "slow steps": f"{s['slow steps']:,}",
         "parameters": f"{s['parameters']:,}",
-        "messages": f"{amount(s['sent'])} sent per worker and iteration, in {s['messages']:.4g} messages, {s['when']}" if s["sent"] else "nothing is sent",
+        "messages": f"{amount(s['sent'])} sent per worker and iteration, in {s['messages']:.4g} messages, {s['when']}"
+                    if s["sent"] else "nothing is sent",
         "memory": f"{amount(s['memory'])} per process: rows, gradients, optimizer, messages; activations and data come on top",
         "device": s["device"],
         "data": s["data"],
         "learning rate": "first {:.4g}, largest {:.4g}, last {:.4g}".format(*s["rates"]),
         "node-hours": s["hours"] is not None and f"{s['hours']:,.10g} at most, each time",
         "folder": str(path),
-    }
+    }  # fmt: skip
     return "\n".join(f"{name:16}{text}" for name, text in facts.items() if text)
 
 
