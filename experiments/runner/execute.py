@@ -37,6 +37,11 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
     try:
         with contextlib.ExitStack() as held:
             code = _execute(cfg, task, schedule, steps, path, cluster, held)
+    except OSError as error:
+        if error.errno is None:  # its words name the remedy
+            raise
+        kind = checkpoint.PeerError if isinstance(error, checkpoint.PeerError) else OSError
+        raise kind(f"{error}: when that is mended, the same command goes on from where it can") from None
     except RuntimeError as error:
         if cluster.processes == 1 or not _lost(error):
             raise
