@@ -59,7 +59,9 @@ def refused(done, *words) -> None:
     """Exit code 2 on every rank, one error line, no traceback."""
     assert set(done.codes) == {2} and "Traceback" not in done.text, done.text
     assert all(word in done.err for word in words), done.err
-    assert len({re.sub(r"^error: rank \d+: ", "error: ", line) for line in done.err.splitlines() if line.startswith("error: ")}) == 1, done.err
+    assert len({re.sub(r"^error: rank \d+: ", "error: ", line) for line in done.err.splitlines() if line.startswith("error: ")}) == 1, (
+        done.err
+    )
 
 
 def assert_whole(folder, straight) -> None:

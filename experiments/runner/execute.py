@@ -45,8 +45,8 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
     except RuntimeError as error:
         if cluster.processes == 1 or not _lost(error):
             raise
-        print(f"error: another process of this run has ended, or does not answer ({str(error).splitlines()[0]}); the same command goes on from "
-              "the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        reason = f"another process of this run has ended, or does not answer ({str(error).splitlines()[0]})"
+        print(f"error: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         return ALONE
     cluster.close()
     return code
@@ -63,8 +63,9 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
     saved, damages = checkpoint.load(path / "checkpoints", cluster)
     with everywhere(cluster):
         if not saved and cluster.leader and (reached := run_dir.trained_to(path)):
-            raise ValueError("; ".join([*complaints, *damages, f"{path} shows training up to step {reached} and has no whole checkpoint to go "
-                             "on from: put one back, or start anew with resume=never (nothing is deleted)"]))  # fmt: skip
+            reason = f"{path} shows training up to step {reached} and has no whole checkpoint to go on from"
+            remedy = "put one back, or start anew with resume=never (nothing is deleted)"
+            raise ValueError("; ".join([*complaints, *damages, f"{reason}: {remedy}"]))
     replicas = Replicas(task.model(), cluster, accumulate=max(1, task.pieces // cluster.node), loss_scale=task.loss_scale)
     optimizer = plan.build(cfg.optimizer, [replicas.rows])
     algorithm = plan.build(cfg.base, replicas, optimizer)
@@ -195,7 +196,7 @@ def _losses(tally: Tally, cluster: Cluster) -> str:
 
 def _lost(error: RuntimeError) -> bool:
     """Whether a collective failed because a peer is gone."""
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 class _signals:

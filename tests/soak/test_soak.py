@@ -411,7 +411,9 @@ def disk(tmp_path):
     """A small file system, None where this user may mount none."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=False, capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=False, capture_output=True).returncode == 0
+    )
     yield path if mounted else None
     if mounted:
         subprocess.run(["umount", "-l", str(path)], check=True)
