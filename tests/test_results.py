@@ -22,7 +22,7 @@ QUADRATIC = ("task=quadratic", "workers=2", "steps=12", "evaluate.every=5", "che
 def runs(tmp_path):
     """A run that is done, one that diverged, one that was stopped."""
     finished(*QUADRATIC, cwd=tmp_path)
-    finished(*QUADRATIC, "optimizer.lr=1e30", cwd=tmp_path)
+    assert command(*QUADRATIC, "optimizer.lr=1e30", cwd=tmp_path).code == 3
     finished(*QUADRATIC, "seed=2", cwd=tmp_path)
     (stopped,) = tmp_path.glob("runs/*/seed2")
     (stopped / "result.json").unlink()
