@@ -83,7 +83,7 @@ class Tuner:
             words += [f"outer.beta={','.join(map(str, betas))}"] if betas else []
             words += ["launch.wait=true"] if self.options.launcher.startswith("slurm") else []
             done = subprocess.run([sys.executable, "run.py", "-m", *words], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
+            if done.returncode not in (0, 3):  # 3: a trial diverged, which is an answer
                 sys.exit(f"run.py -m {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
             self.gather(experiment)
         found = pd.concat([self.find(experiment, *point) for point in points])

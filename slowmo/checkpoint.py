@@ -49,11 +49,13 @@ def everywhere(cluster):
         error = raised
     if not cluster.all_reduce_max(int(error is not None)):
         return
-    texts = cluster.all_gather_object(None if error is None else str(error))
+    found = cluster.all_gather_object(None if error is None else (str(error), getattr(error, "errno", None)))
     if error is not None:
         raise error
-    rank = next(rank for rank, text in enumerate(texts) if text is not None)
-    raise PeerError(f"{texts[rank]} (rank {rank})")
+    rank, (text, number) = next((rank, facts) for rank, facts in enumerate(found) if facts)
+    error = PeerError(f"rank {rank}: {text}")
+    error.errno = number
+    raise error
 
 
 def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, state: dict, keep: int = 2) -> None:

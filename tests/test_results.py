@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     """A run that is done, one that diverged, one that was stopped."""
     folder = tmp_path_factory.mktemp("made")
     finished(*QUADRATIC, cwd=folder)
-    finished(*QUADRATIC, "optimizer.lr=1e30", cwd=folder)
+    assert command(*QUADRATIC, "optimizer.lr=1e30", cwd=folder).code == 3
     finished(*QUADRATIC, "seed=2", cwd=folder)
     (stopped,) = folder.glob("runs/*/seed2")
     (stopped / "result.json").unlink()

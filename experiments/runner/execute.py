@@ -40,11 +40,16 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
     try:
         with contextlib.ExitStack() as held:
             code = _execute(cfg, task, schedule, steps, path, cluster, held)
+    except OSError as error:
+        if error.errno is None:  # its words name the remedy
+            raise
+        kind = checkpoint.PeerError if isinstance(error, checkpoint.PeerError) else OSError
+        raise kind(f"{error}: when that is mended, the same command goes on from where it can") from None
     except RuntimeError as error:
         if cluster.world_size == 1 or not _lost(error):
             raise
-        print(f"error: another process of this run has ended, or does not answer ({str(error).splitlines()[0]}); the same command goes on "
-              "from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        reason = f"another process of this run has ended, or does not answer ({str(error).splitlines()[0]})"
+        print(f"error: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         return ALONE
     cluster.close()
     return code
@@ -61,8 +66,9 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
     saved, damages = checkpoint.load(path / "checkpoints", cluster)
     with everywhere(cluster):
         if not saved and cluster.is_main and (reached := run_dir.trained_to(path)):
-            raise ValueError("; ".join([*complaints, *damages, f"{path} shows training up to step {reached} and has no whole checkpoint "
-                             "to go on from: put one back, or start anew with resume=never (nothing is deleted)"]))  # fmt: skip
+            reason = f"{path} shows training up to step {reached} and has no whole checkpoint to go on from"
+            remedy = "put one back, or start anew with resume=never (nothing is deleted)"
+            raise ValueError("; ".join([*complaints, *damages, f"{reason}: {remedy}"]))
     replicas, algorithm = algorithm_of(cfg, task.model(), cluster, max(1, task.pieces // cluster.worker_size), task.loss_scale)
     meter = TrainingMeter(len(cluster.local_workers), cluster.device)
     recorder = RunRecorder(path, cfg, cluster)
@@ -210,7 +216,7 @@ def _losses(meter: TrainingMeter, cluster: Cluster) -> str:
 
 def _lost(error: RuntimeError) -> bool:
     """Whether a collective failed because a peer is gone."""
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 class _signals:

@@ -91,7 +91,8 @@ def trained_to(path: Path) -> int:
         first = int(OmegaConf.create(files.read(path / "config.yaml").decode()).checkpoint_every)
     except OSError:
         first = 0
-    seen = [int(text) for text in re.findall(rb'"step": (\d+)', files.read(path / "metrics.jsonl"))] if files.kind(path / "metrics.jsonl") else []
+    metrics = files.read(path / "metrics.jsonl") if files.kind(path / "metrics.jsonl") else b""
+    seen = [int(text) for text in re.findall(rb'"step": (\d+)', metrics)]
     seen += [int(model.stem.removeprefix("step-")) for model in saved_models(path)]
     damaged = [int(found.name[5:14]) for found in (path / "checkpoints").glob("step-?????????.damaged")]
     ended = 1 if files.kind(path / "result.json") else 0
