@@ -64,10 +64,10 @@ class Progress:
         fourth = ("accuracy", ".2f") if "accuracy" in row else ("spread", ".3g")
         columns = (("train_loss", ".4f"), ("validation_loss", ".4f"), fourth)
         if not self.headed:
-            self.say(f"{'step':>15}{'train loss':>13}{'val. loss':>13}{fourth[0]:>13}{'time':>13}")
+            self.say(f"{'step':>15}{'train loss':>12}{'val. loss':>12}{fourth[0]:>12}{'time':>12}")
             self.headed = True
-        numbers = "".join(f"{_number(row.get(name), form):>13}" for name, form in columns)
-        self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>13}")
+        numbers = "".join(f"{_number(row.get(name), form):>12}" for name, form in columns)
+        self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>12}")
 
     def say(self, text: str) -> None:
         """On the screen and in the log."""
