@@ -1,4 +1,4 @@
-"""Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; results/mine/runtime.csv takes the lines.
+"""Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; to results/mine/runtime.csv.
 
 Every row is an experiment's own base and outer (`slowmo_sgp,outer.tau=12`: with another τ) over rows of the emulated size, one worker a
 process, over gloo. What a step computes is the experiment's model, or a wait as long: then forward takes a third of it, and backward

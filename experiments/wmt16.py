@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
-from experiments.runner.folder import load_model
 from experiments.precision import HalfPrecision
+from experiments.runner.folder import load_model
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
 # fairseq gives torch's attention a mask of truth values and one of numbers

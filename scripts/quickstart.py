@@ -37,7 +37,7 @@ def follow(name: str, child: subprocess.Popen, said: list[str]) -> None:
     """Pass a run's lines on, under its name."""
     for line in child.stdout:
         said.append(line)
-        print(f"{name.removeprefix('quickstart_'):16}{line}", end="", flush=True)
+        print(f"{name.removeprefix('quickstart_'):17}{line}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -119,4 +119,4 @@ def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):
     with Image.open(tmp_path / "runs/quickstart.png") as image:
         image.verify()
     failed = quickstart("outer.tau=0")
-    assert failed.returncode == 2 and "local_sgd       error: " in failed.stdout and "picture" not in failed.stdout
+    assert failed.returncode == 2 and "local_sgd        error: " in failed.stdout and "picture" not in failed.stdout

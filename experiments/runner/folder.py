@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_model
 from experiments.runner.plan import choices, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
-NEUTRAL = ("seed", "dry_run", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download", "data.cache",
-           "task.problem", "task.loaders")  # fmt: skip
+NEUTRAL = ("seed", "dry_run", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root",
+           "data.download", "data.cache", "task.problem", "task.loaders")  # fmt: skip
 
 
 def of(cfg: DictConfig, task) -> Path:
