@@ -1,4 +1,4 @@
-"""How an algorithm's own cost grows: `python -m benchmarks.growth` writes results/mine/benchmarks/growth.csv, in some minutes; figures draw it.
+"""How an algorithm's own cost grows: `python -m benchmarks.growth` in some minutes, to results/mine/benchmarks/growth.csv; figures draw it.
 
     step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every 12th) against m at d = 1e6, and against d at m = 2
     memory     the process's peak against m at d = 1e6

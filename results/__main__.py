@@ -31,7 +31,9 @@ def main() -> None:
     for name, text in about.items():
         one = commands.add_parser(name, help=text)
         where = one.add_mutually_exclusive_group()
-        where.add_argument("--publish", action="store_true", help="read and write what is committed: results/runs.csv and what lies beside it")
+        where.add_argument(
+            "--publish", action="store_true", help="read and write what is committed: results/runs.csv and what lies beside it"
+        )
         where.add_argument("--out", type=Path, help="another list of runs than results/mine/runs.csv; what is made lies beside it")
         if name == "runtime":
             one.add_argument("--nodes", type=_numbers(int), help="of other clusters, printed and drawn in clusters/, like 8,16,32")

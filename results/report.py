@@ -20,7 +20,13 @@ def main(path: Path, out: Path, published_runs: Runs | None = None) -> None:
     """Write report.html into `out`. published_runs: to stand beside a user's own."""
     runs = Runs(path)
     curves = figures.Curves(path, runs)
-    parts = ["<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs, path.with_name("claims.csv")), "<h2>Seconds of an iteration</h2>"]
+    parts = [
+        "<h2>Curves</h2>",
+        plots(runs, curves),
+        "<h2>Claims</h2>",
+        verdicts(runs, path.with_name("claims.csv")),
+        "<h2>Seconds of an iteration</h2>",
+    ]
     measured = seconds.links(path.with_name("runtime.csv"))
     for data in runtime.TASKS:
         parts += [f"<h3>{html.escape(TITLES[data])}</h3>", marked(seconds.against_paper(data)), marked(seconds.on_links(data, measured))]
@@ -50,7 +56,10 @@ def section(table, runs: Runs, published_runs: Runs | None = None) -> str:
         body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
     where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
     where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
-    title, under = f"<h3>{html.escape(table.title)}</h3>", f"<p class=rule>{html.escape(rule(table, 'ours_n' in found).replace('*', ''))}</p>"
+    title, under = (
+        f"<h3>{html.escape(table.title)}</h3>",
+        f"<p class=rule>{html.escape(rule(table, 'ours_n' in found).replace('*', ''))}</p>",
+    )
     return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
 
 

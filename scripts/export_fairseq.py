@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from experiments.runner import plan, run_dir
+from experiments.runner import build, run_dir
 
 
 def export(task, models: list[Path], path: Path) -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     cfg = OmegaConf.load(options.run / "config.yaml")
     cfg.cluster.device = cfg.task.device = "cpu"
     try:
-        export(plan.build(cfg.task), models, options.out)
+        export(build.build(cfg.task), models, options.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.out}: {', '.join(model.stem for model in models)}")

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 torch.zeros_like(torch.nn.Parameter(torch.empty(1, device="meta")))
 with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-    OmegaConf.to_yaml(hydra.compose("config", ["experiment=quickstart_sgp", "steps=1", "optimizer.lr=0.1"]), resolve=True)
+    OmegaConf.to_yaml(hydra.compose("config", ["experiment=quickstart_slowmo_local_sgd", "steps=1", "optimizer.lr=0.1"]), resolve=True)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ import run
 from experiments.runner import build, cli, config, plan
 
 QUADRATIC = ("task=quadratic", "steps=4", "workers=4")
-PHOTOS = ("experiment=quickstart_sgp", "steps=2", "data.train=128", "data.validation=8")
+PHOTOS = ("experiment=quickstart_slowmo_local_sgd", "workers=8", "task.batch_size=128", "steps=2", "data.train=128", "data.validation=8")
 
 
 def left(folder) -> list:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,22 @@ def test_exporting_what_is_no_run_names_the_remedy(tmp_path):
     command = [sys.executable, str(ROOT / "scripts/export_fairseq.py"), str(tmp_path), str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     assert done.returncode == 1 and "holds 0 averaged models: name a run's folder" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):
+    """`make run` in small: both runs at once, asked again, and one that fails."""
+    words = ["steps=4", "evaluate.every=2", "data.train=256", "data.validation=20", "task.width=2", f"data.root={tmp_path}"]
+
+    def quickstart(*more):
+        command = [sys.executable, str(ROOT / "scripts/quickstart.py"), *words, f"runs={tmp_path}/runs", *more]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = quickstart()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^(?:slowmo_)?local_sgd +\d/4 ", done.stdout, re.MULTILINE)) == 4
+    assert f"picture: {tmp_path}/runs/quickstart.png" in done.stdout and "\naccuracy, " in done.stdout
+    assert re.search(r"^seed 1, SlowMo over quickstart_local_sgd\S*: best accuracy [-+]", done.stdout, re.MULTILINE)
+    with Image.open(tmp_path / "runs/quickstart.png") as image:
+        image.verify()
+    failed = quickstart("outer.tau=0")
+    assert failed.returncode == 2 and "local_sgd        error: " in failed.stdout and "picture" not in failed.stdout

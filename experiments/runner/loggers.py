@@ -54,7 +54,10 @@ class Loggers:
             logger.close(failed=kind is not None)
 
     def step(self, step: int, lr: float, meter) -> None:
-        """After each step, before its evaluation: every `log_every` steps the mean loss of all workers since the last time, an evaluation, or a resume."""
+        """After each step, before its evaluation: every `log_every` steps the mean loss of all workers.
+
+        Since the last time, an evaluation, or a resume.
+        """
         if step % self.every:
             return
         meter.synchronize()  # reading a loss waits for a GPU; that is training time

@@ -65,10 +65,10 @@ class Progress:
         columns = (("train_loss", ".4f"), ("validation_loss", ".4f"), fourth)
         if not self.headed:
             titles = ("train loss", "val. loss", fourth[0].removeprefix("consensus_"), "time")
-            self.say(f"{'step':>15}" + "".join(f"{title:>13}" for title in titles))
+            self.say(f"{'step':>15}" + "".join(f"{title:>12}" for title in titles))
             self.headed = True
-        numbers = "".join(f"{_number(row.get(name), form):>13}" for name, form in columns)
-        self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>13}")
+        numbers = "".join(f"{_number(row.get(name), form):>12}" for name, form in columns)
+        self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>12}")
 
     def say(self, text: str) -> None:
         """On the screen and in the log."""
