@@ -9,7 +9,8 @@ import slowmo
 from benchmarks import step
 from benchmarks.peers import KINDS
 from experiments.cifar10 import ResNet
-from slowmo.together import Together
+from slowmo import outer
+from slowmo.vectorize import VmapReplicas
 
 
 def _eight_workers(rounds) -> dict[str, list[float]]:
@@ -37,7 +38,7 @@ def together(rounds, m=32, batch=8, size=8, width=16):
     replicas = slowmo.Replicas(ResNet([1, 1, 1, 0], width), slowmo.Cluster(m))
     batches = [(torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))) for _ in range(m)]
     loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
-    at_once, ratios = Together(replicas), []
+    at_once, ratios = VmapReplicas(replicas), []
 
     def loop():
         for model, own in zip(replicas.models, batches):
@@ -55,9 +56,39 @@ def together(rounds, m=32, batch=8, size=8, width=16):
     return ratios[1:]
 
 
+def one_worker(rounds, tau=12, batch=32):
+    """One worker and no process group: a loop with SlowMo around its optimizer, over the same loop without."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    options = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "fused": True}
+
+    def loop(wrapped: bool):
+        model = ResNet([2, 2, 2, 2], 64)
+        optimizer = torch.optim.SGD(model.parameters(), **options)
+        optimizer = slowmo.SlowMo(model, optimizer, tau=tau, beta=0.6) if wrapped else optimizer
+
+        def iterations() -> float:
+            start = time.perf_counter()
+            for _ in range(tau):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return time.perf_counter() - start
+
+        return iterations
+
+    sides, ratios = (loop(True), loop(False)), []
+    for k in range(rounds + 1):
+        order = sides[:: 1 if k % 2 else -1]
+        ours, plain = [side() for side in order][:: 1 if k % 2 else -1]
+        ratios.append(ours / plain)
+    return ratios[1:]
+
+
 def memory(rounds, base="sgp", m=32, d=2_000_000):
-    """The process's peak, less what it held before, over rows (1 + gradient + momentum) + x0 and u. One number."""
-    return [held(base, m, d) / (4 * d * (3 * m + 2))]
+    """The process's peak, less what it held before, over rows (1 + gradient + momentum [+ inbox]) + x0 and u. One number."""
+    return [held(base, m, d) / (4 * d * ((3 + (base == "osgp")) * m + 2))]
 
 
 def held(base: str, m: int, d: int) -> int:
@@ -71,20 +102,21 @@ def held(base: str, m: int, d: int) -> int:
     return (_kilobytes("VmHWM") - before) * 1024
 
 
-def built(base: str, m: int, d: int, tau: int, nesterov: bool = False, buffers: str = "reset") -> slowmo.SlowMo:
+def built(base: str, m: int, d: int, tau: int, nesterov: bool = False, buffers: str = "reset") -> outer.SlowMo:
     """SlowMo over a base, on m rows of d numbers and no model to speak of."""
     model = torch.nn.Module()
     model.x = torch.nn.Parameter(torch.zeros(d))
     replicas = slowmo.Replicas(model, slowmo.Cluster(m))
-    optimizer = torch.optim.SGD([replicas.rows], lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
-    return slowmo.SlowMo(KINDS[base](replicas, optimizer), tau=tau, beta=0.6, buffers=buffers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
+    return outer.SlowMo(KINDS[base](replicas, optimizer), tau=tau, beta=0.6, buffers=buffers)
 
 
 def _some_steps(base: str, m: int, d: int) -> None:
     algorithm = built(base, m, d, tau=2)
     for _ in range(4):
         algorithm.start()
-        algorithm.rows.grad.fill_(1e-3)
+        for segment in algorithm.replicas.segments:
+            segment.grad.fill_(1e-3)
         algorithm.step()
 
 

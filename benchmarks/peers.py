@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import slowmo
 from experiments.cifar10 import ResNet
 from experiments.runtime import Waiting
-from slowmo.base import Buckets
+from slowmo import outer as outers
 
 MEGABYTES, COMPUTE = 2.0, 0.1355  # of a row on links; seconds of an iteration there
 KINDS = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
@@ -36,7 +36,7 @@ def contest(cluster, ours, theirs, iterations: int, rounds: int) -> list[float]:
         start = time.perf_counter()
         for _ in range(iterations):
             call()
-        return statistics.mean(cluster.gather(time.perf_counter() - start))
+        return statistics.mean(cluster.all_gather_object(time.perf_counter() - start))
 
     ratios = []
     for round_ in range(rounds + 1):
@@ -54,25 +54,26 @@ class Side:
 
     def __init__(self, link: float | None, memory_format=torch.channels_last):
         torch.set_num_threads(1)
-        self.cluster, self.link = slowmo.Cluster(timeout=120.0), link
+        self.cluster, self.link, self.bucket_cap_mb = slowmo.Cluster(timeout=120.0), link, 25.0
         torch.manual_seed(0)
         if link:
             self.model, self.inputs = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE), ()
-            Buckets.megabytes = 25 * MEGABYTES / 102.2
+            self.bucket_cap_mb = 25 * MEGABYTES / 102.2
         else:
             self.model = ResNet([2, 2, 2, 2], 64).to(memory_format=memory_format)
-            torch.manual_seed(1 + self.cluster.process)
+            torch.manual_seed(1 + self.cluster.rank)
             self.inputs, self.y = (torch.randn(16, 3, 32, 32).contiguous(memory_format=memory_format),), torch.randint(0, 10, (16,))
 
     def loss(self, model) -> torch.Tensor:
         out = model(*self.inputs)
         return out if self.link else F.cross_entropy(out, self.y)
 
-    def ours(self, base, outer=None):
+    def ours(self, base, outer=None, overlap: bool = True):
         """One iteration of an algorithm of ours. base: replicas, optimizer -> base; outer: base -> outer."""
         model = copy.deepcopy(self.model)
-        replicas = slowmo.Replicas(model, self.cluster)
-        algorithm = base(replicas, torch.optim.SGD([replicas.rows], **SETTINGS))
+        optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
+        replicas = slowmo.Replicas(model, self.cluster, optimizer.param_groups, bucket_cap_mb=self.bucket_cap_mb)
+        algorithm = base(replicas, optimizer, overlap=overlap)
         algorithm = outer(algorithm) if outer else algorithm
 
         def iteration():
@@ -89,7 +90,7 @@ class Side:
     def ddp(self):
         """One iteration of torch's DistributedDataParallel."""
         model = copy.deepcopy(self.model)
-        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": Buckets.megabytes if self.link else None}  # None: its own 25, first 1
+        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": self.bucket_cap_mb if self.link else None}  # None: its own 25, first 1
         # its name since torch 2.13
         sync = (
             "forward_sync_buffers"
@@ -123,7 +124,7 @@ def local_sgd(link, rounds, tau=12):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return contest(side.cluster, side.ours(slowmo.LocalSGD, functools.partial(slowmo.Average, tau=tau)), theirs, tau, rounds)
+    return contest(side.cluster, side.ours(slowmo.LocalSGD, functools.partial(outers.Average, tau=tau)), theirs, tau, rounds)
 
 
 def fairscale(link, rounds, base="localsgd", tau=12):
@@ -133,7 +134,7 @@ def fairscale(link, rounds, base="localsgd", tau=12):
 
     side = Side(link, torch.contiguous_format)  # fairscale knows no other
     kind = slowmo.LocalSGD if base == "localsgd" else slowmo.SGP
-    ours = side.ours(kind, functools.partial(slowmo.SlowMo, tau=tau, beta=0.6, buffers="maintain"))
+    ours = side.ours(kind, functools.partial(outers.SlowMo, tau=tau, beta=0.6, buffers="maintain"))
     for name in ("synchronize", "current_stream", "Stream", "stream"):
         setattr(torch.cuda, name, mock.MagicMock())
     torch.Tensor.cuda = torch.Tensor.pin_memory = lambda tensor, *_, **__: tensor
@@ -164,14 +165,14 @@ def wire(link, rounds, what="gossip", megabytes=16):
     cluster = slowmo.Cluster(timeout=120.0)
     rows = torch.zeros(1, round(megabytes * 1e6 / 4))
     out = torch.empty_like(rows)
-    m = cluster.size
+    m = cluster.num_workers
     run, share = ((lambda: cluster.shift(rows, 1, out)()), 1) if what == "gossip" else ((lambda: cluster.mean(rows)), 2 * (m - 1) / m)
     least, ratios = share * rows.numel() * 4 * 8 / link, []
     for _ in range(rounds + 1):
         cluster.barrier()
         start = time.perf_counter()
         run()
-        ratios.append(statistics.mean(cluster.gather(time.perf_counter() - start)) / least)
+        ratios.append(statistics.mean(cluster.all_gather_object(time.perf_counter() - start)) / least)
     return ratios[1:]
 
 
@@ -190,24 +191,32 @@ def overlap_of_messages(link, rounds):
     return contest(side.cluster, side.ours(slowmo.OSGP), lambda: side.cluster.shift(rows, 1, out)(), 12, rounds)
 
 
+def over_computation(link, rounds, base="sgp", outer=False, tau=12, overlap=True):
+    """An algorithm over computation alone, the optimizer's step included in both."""
+    side = Side(link)
+    slow = functools.partial(outers.SlowMo, tau=tau, beta=0.6) if outer else None
+    return contest(side.cluster, side.ours(KINDS[base], slow, overlap), side.computing(), 12, rounds)
+
+
+def over_allreduce(link, rounds, tau=12):
+    side = Side(link)
+    slow = functools.partial(outers.SlowMo, tau=tau, beta=0.6)
+    return contest(side.cluster, side.ours(slowmo.SGP, slow), side.ours(slowmo.AllReduce), 12, rounds)
+
+
+def long_message(link, rounds):
+    """SGP where the message takes twice as long as backward, as WMT16's does: over forward and the message's bytes at the link's rate."""
+    side = Side(link)
+    message = MEGABYTES * 1e6 * 8 / link
+    side.model = Waiting(round(MEGABYTES * 1e6 / 4), message * 0.75)  # a third of it forward
+    least = message * 0.25 + message
+    return contest(side.cluster, side.ours(slowmo.SGP), lambda: time.sleep(least), 12, rounds)
+
+
 def over_base(link, rounds, base="local_sgd", tau=12):
-    """SlowMo over its base. Local SGD averages as often; SGP and OSGP do not, so the bytes of SlowMo's average come on top of theirs."""
+    """SlowMo over its base; Local SGD averages as often, SGP and OSGP do not."""
     side = Side(link)
     kind = KINDS[base]
-    slow = side.ours(kind, functools.partial(slowmo.SlowMo, tau=tau, beta=0.6))
-    if base == "local_sgd":
-        plain = side.ours(kind, functools.partial(slowmo.Average, tau=tau))
-    else:
-        step, count, m = side.ours(kind), [0], side.cluster.size
-        rows = torch.zeros(1, sum(p.numel() for p in side.model.parameters()))
-
-        def plain():
-            step()
-            count[0] += 1
-            if count[0] % tau == 0:  # the bytes alone
-                if link:
-                    time.sleep(2 * (m - 1) / m * rows.numel() * 4 * 8 / link)
-                else:
-                    side.cluster.mean(rows)
-
+    slow = side.ours(kind, functools.partial(outers.SlowMo, tau=tau, beta=0.6))
+    plain = side.ours(kind, functools.partial(outers.Average, tau=tau) if base == "local_sgd" else None)
     return contest(side.cluster, slow, plain, tau, rounds)

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 import slowmo
 from experiments.runner import plan
+from slowmo import outer
 
 TAU = 12
 
@@ -48,9 +49,12 @@ class Step:
         self.optimizers = {fused: [self.optimizer(model.parameters(), fused) for model in self.plain] for fused in (False, True)}
         self.one = self.task.model()
         self.one_step = self.optimizer(self.one.parameters(), True)
-        self.replicas = slowmo.Replicas(self.task.model(), slowmo.Cluster(m, self.device), accumulate=self.task.pieces)
-        self.base = slowmo.LocalSGD(self.replicas, self.optimizer([self.replicas.rows], True))
-        self.outer = slowmo.SlowMo(self.base, tau=TAU, beta=0.6)
+        model = self.task.model()
+        optimizer = self.optimizer(model.parameters(), True)
+        self.replicas = slowmo.Replicas(model, slowmo.Cluster(m, self.device), optimizer.param_groups, accumulate=self.task.pieces)
+        self.base = slowmo.LocalSGD(self.replicas, optimizer)
+        self.outer = outer.SlowMo(self.base, tau=TAU, beta=0.6)
+        self.outer.rebase()
 
     def optimizer(self, parameters, fused: bool):
         return plan.build(OmegaConf.merge(self.cfg.optimizer, {"fused": fused}), list(parameters))
@@ -76,7 +80,11 @@ class Step:
         self.base.step()
 
     def slow(self) -> None:
-        self.outer._slow_step(self.cfg.optimizer.lr)
+        with torch.no_grad():
+            for segment, x in zip(self.replicas.segments, self.base.average()):
+                x0, u = self.outer.slow[segment]
+                self.outer._update(x0, u, x, self.cfg.optimizer.lr)
+                self.base.restart(segment, x0, self.outer.buffers)
 
     def seconds(self, call, *arguments) -> float:
         if self.device.type == "cuda":
@@ -139,7 +147,7 @@ def main() -> None:
         unit = "pictures" if counted else "target tokens"
         print(f"{name}: {total / pace:,.0f} {unit}/s; {steps:,} such iterations: {steps * pace / 3600:.2f} hours")
     if it.device.type == "cuda":
-        rows = it.replicas.rows.numel() * it.replicas.rows.element_size()
+        rows = sum(segment.x.nbytes for segment in it.replicas.segments)
         del it.plain, it.optimizers, it.one, it.one_step, it.whole
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

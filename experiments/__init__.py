@@ -5,7 +5,7 @@
                                                   several `pieces` comes as its pieces l, l + g, l + 2 g, ..., worker after worker
     loss(model, batch) -> scalar                  the mean loss of the batch, for backward; over the pieces of a part these add up, and
                                                   the mean over parts is the loss of the batch
-    evaluate(model, part, samples) -> dict        sums over the part's share of the validation set (or of its first `samples`), and
+    evaluate(model, part) -> dict                 sums over the part's share of the validation set, and
                                                   their `count`
     steps_per_epoch                               inner steps in a pass over the training set
 """

@@ -96,9 +96,9 @@ class ImageNet(HalfPrecision):
         with self.precision():
             return F.cross_entropy(model(pictures), labels)
 
-    def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int]) -> dict:
         """Sums over every part[1]-th picture: negative log likelihood (nats); correct answers, first or among five, in per cent."""
-        mine = range(self.data.validation)[part[0] : samples : part[1]]
+        mine = range(self.data.validation)[part[0] :: part[1]]
         keys = [[(0, i) for i in mine[k : k + 250]] for k in range(0, len(mine), 250)]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         count = 0

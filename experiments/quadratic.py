@@ -75,7 +75,7 @@ class Quadratic(Task):
         loss = gap @ A @ gap / 2
         return loss if noise is None else loss + noise @ model.x
 
-    def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int]) -> dict:
         """Sum of the workers' f_i without noise; each is one sample."""
         A, gap = self.A[part[0] :: part[1]], model.x - self.b[part[0] :: part[1]]
         return {"count": len(gap), "validation_loss": float(torch.einsum("wi,wij,wj->", gap, A, gap)) / 2}

@@ -26,7 +26,6 @@ from experiments import network
 from experiments.runner import folder, plan
 from results import runtime, seconds
 from results.collect import write
-from slowmo.base import Buckets
 
 
 class Waiting(torch.nn.Module):
@@ -136,17 +135,15 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     """In each process: every row in turn. A line for each row and round: milliseconds an iteration, the mean over processes."""
     torch.set_num_threads(1)
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
-    if given.compute != "task":
-        Buckets.megabytes = runtime.emulated_bucket(given.data, runtime.TASKS[given.data].size / given.scale) / 2**20
     first = next(iter(experiments.values()))
     rows = {"compute": build(given, first, cluster, alone=True)}
-    rows |= {row: build(given, cfg, cluster) for row, cfg in experiments.items()}
+    rows |= {row: build(given, cfg, cluster, overlap="_after" not in row) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
             mine = timed(algorithm, compute, cluster, given.warmup, given.iterations, early="_after" not in row)
-            times[row].append(statistics.mean(cluster.gather(mine)))
-            if cluster.leader:
+            times[row].append(statistics.mean(cluster.all_gather_object(mine)))
+            if cluster.is_main:
                 done = (round_ * len(rows) + k + 1) / (given.rounds * len(rows))
                 left = (time.monotonic() - begun) * (1 / done - 1)
                 print(
@@ -156,30 +153,32 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     facts = {"data": given.data, "hosts": given.hosts, "node": given.node, "network": "loopback", "rate": "-", "delay": "-"}
     if given.network == "up":
         facts |= dict(zip(("rate", "delay"), network.up(given.hosts)), network="emulated")
-    facts |= {"bytes": rows["compute"][0].rows.numel() * 4, "emulated": given.compute != "task"}
+    facts |= {"bytes": rows["compute"][0].replicas.numel * 4, "emulated": given.compute != "task"}
     return [
         facts | {"row": row, "round": k, "milliseconds": round(1e3 * value, 3)} for row, of in times.items() for k, value in enumerate(of)
     ]
 
 
-def build(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False):
+def build(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False, overlap: bool = True):
     """(algorithm, what a step computes) of an experiment; alone: its model and optimizer, and nothing is sent between hosts."""
     if given.compute == "task":
         task = plan.build(cfg.task)
         model = task.model()
-        batches = list(task.batches(0, cluster.ranks, (cluster.lane, cluster.node)))
-        replicas = slowmo.Replicas(model, cluster, accumulate=len(batches), loss_scale=task.loss_scale)
+        batches = list(task.batches(0, cluster.local_workers, (cluster.worker_rank, cluster.worker_size)))
+        optimizer = plan.build(cfg.optimizer, model.parameters())
+        replicas = slowmo.Replicas(model, cluster, optimizer.param_groups, accumulate=len(batches), loss_scale=task.loss_scale)
 
         def compute():
             for batch in batches:
                 (task.loss(model, batch) * task.loss_scale).backward()
     else:
         model = Waiting(round(runtime.TASKS[given.data].parameters / given.scale), given.compute)
-        replicas, compute = slowmo.Replicas(model, cluster), lambda: model().backward()
-    optimizer = plan.build(cfg.optimizer, [replicas.rows])
+        cap = runtime.emulated_bucket(given.data, runtime.TASKS[given.data].size / given.scale) / 2**20
+        optimizer = plan.build(cfg.optimizer, model.parameters())
+        replicas, compute = slowmo.Replicas(model, cluster, optimizer.param_groups, bucket_cap_mb=cap), lambda: model().backward()
     if alone:
         return slowmo.LocalSGD(replicas, optimizer), compute
-    algorithm = plan.build(cfg.base, replicas, optimizer)
+    algorithm = plan.build(cfg.base, replicas, optimizer, overlap=overlap)
     return (plan.build(cfg.outer, algorithm) if cfg.outer.get("_target_") else algorithm), compute
 
 
@@ -190,9 +189,9 @@ def timed(algorithm, compute, cluster, warmup: int, iterations: int, early: bool
         if k == warmup:
             start = time.perf_counter()
         if early:
-            algorithm.start()
+            algorithm.start(0.1)
         compute()
-        algorithm.step(0.1)
+        algorithm.step()
     return (time.perf_counter() - start) / iterations
 
 

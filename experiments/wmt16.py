@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
-from experiments.runner.folder import load_model
 from experiments.precision import HalfPrecision
+from experiments.runner.folder import load_model
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
 # fairseq gives torch's attention a mask of truth values and one of numbers
@@ -134,11 +134,11 @@ class WMT16(HalfPrecision):
         # the value is the unsmoothed loss in base 2, the gradient that of the smoothed one
         return loss + (log["nll_loss"] * share / math.log(2) - loss).detach()
 
-    def evaluate(self, model: torch.nn.Module, part: tuple[int, int], samples: int | None) -> dict:
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int]) -> dict:
         """Sums over target tokens of every part[1]-th validation sentence, of its NLL in base 2 and in nats."""
         nll, count = 0.0, 0
         with self.precision():
-            for _, sample in self._sentences("valid", part, samples):
+            for _, sample in self._sentences("valid", part):
                 _, tokens, log = self.criterion(model, sample)
                 nll += float(log["nll_loss"])
                 count += tokens
@@ -151,8 +151,8 @@ class WMT16(HalfPrecision):
             return {}
         model, found = self.averaged(models), {}
         for subset in self.bleu.subsets:
-            parts = cluster.gather(self.translate(model, subset, (cluster.process, cluster.processes), cluster.leader))
-            if cluster.leader:
+            parts = cluster.all_gather_object(self.translate(model, subset, (cluster.rank, cluster.world_size), cluster.is_main))
+            if cluster.is_main:
                 found[subset] = self.score(subset, {k: text for part in parts for k, text in part.items()})
                 found[subset]["models"] = [path.stem for path in models]
         return {"bleu": found}
@@ -206,12 +206,12 @@ class WMT16(HalfPrecision):
         return {"bleu": bleu.score, "signature": str(metric.get_signature()), "beam": self.bleu.beam, "lenpen": self.bleu.lenpen,
                 "references": source, "translations": "detokenised by sacremoses"}  # fmt: skip
 
-    def _sentences(self, split: str, part: tuple[int, int], samples: int | None):
-        """(places, sample) in batches, of every part[1]-th sentence among the first `samples`, those of one length together."""
+    def _sentences(self, split: str, part: tuple[int, int]):
+        """(places, sample) in batches, of every part[1]-th sentence, those of one length together."""
         if split not in self.fairseq.datasets:
             self.fairseq.load_dataset(split)
         dataset = self.fairseq.dataset(split)
-        mine = np.arange(len(dataset))[part[0] : samples : part[1]]
+        mine = np.arange(len(dataset))[part[0] :: part[1]]
         if len(mine):
             mine = mine[np.argsort(dataset.tgt_sizes[mine], kind="stable")]
             tokens = max(self.max_tokens, *(dataset.num_tokens(k) for k in mine))

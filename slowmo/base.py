@@ -43,7 +43,7 @@ class LocalSGD:
         self.replicas, self.optimizer, self.cluster, self.overlap = replicas, optimizer, replicas.cluster, overlap
         self.inner = inner_optimizer(optimizer, replicas, elementwise, overlap)
         reduces = self._all_workers and self.cluster.num_workers > 1 or self.cluster.worker_size > 1
-        self.handover = Handover(replicas, self._start_mean if reduces else None)
+        self.handover = Handover(replicas, self._start_mean if reduces else None, overlap or reduces)
         self.base, self.steps = self, 0  # finished steps; never restart
         self._average, self._averages = None, {}
 
@@ -54,10 +54,11 @@ class LocalSGD:
     @torch.no_grad()
     def start(self, lr: float | None = None, average: str | None = None) -> None:
         """A step begins, with learning rate `lr` (default: those of the parameter groups). Once more: its gradients come anew."""
-        if self.replicas.check() and self.steps:
-            raise RuntimeError("weights were written from outside in mid-training: call rebase() after it, or write before the first step")
-        if not self.steps:
-            self.replicas.remember()
+        if self.replicas.check():
+            if self.steps:
+                raise RuntimeError("weights were written from outside in mid-training: call rebase() after, or write before the first step")
+            self.replicas.forget()
+        self.replicas.accept_writes()
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -85,7 +86,8 @@ class LocalSGD:
 
     def rebase(self) -> None:
         """Go on from the weights as they are now, whoever wrote them."""
-        self.replicas.remember()
+        self.replicas.forget()
+        self.replicas.accept_writes()
 
     def drop(self) -> None:
         """A step that has been started is not taken."""
@@ -197,6 +199,9 @@ class AllReduce(LocalSGD):
     def comm_volume(self, average=None):
         m = self.cluster.num_workers
         return (2.0 * (m - 1), 2 * (m - 1) / m) if m > 1 else (0.0, 0.0)  # ring: m - 1 pieces around, twice
+
+    def _early(self):
+        return not self._average  # what is sent after a mean must not depend on when that comes
 
     def _behind(self):
         return math.inf if self.handover.reduce else 0

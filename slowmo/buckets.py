@@ -46,6 +46,7 @@ class Segment:
         self.x = torch.nn.Parameter(torch.zeros(rows, d, dtype=dtype, device=device))
         self.grad = torch.zeros_like(self.x, requires_grad=False)
         self.members: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self._memory: list[tuple[int, torch.dtype]] = []
         self._clean, self._taken = self.grad._version, False
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
@@ -60,6 +61,17 @@ class Segment:
             else:
                 p.grad = None
             self.members.append((p, x, g))
+            self._memory.append((p.data_ptr(), p.dtype))
+
+    def in_place(self) -> bool:
+        """Whether the first worker's parameters are still what they were made: not moved, cast or given other memory."""
+        return all((p.data_ptr(), p.dtype) == memory for (p, _, _), memory in zip(self.members[: len(self.places)], self._memory))
+
+    def take_writes(self) -> None:
+        """Where parameters of another dtype were written from outside, the row follows them."""
+        for p, x, _ in self.members:
+            if p.dtype != x.dtype and not torch.equal(p.detach(), x.to(p.dtype)):
+                x.copy_(p.detach())
 
     def gather_grads(self) -> None:
         """Bring home gradients that are not views: those of another dtype, and where a zero_grad of the user's replaced them."""
@@ -172,19 +184,18 @@ class Handover:
     must wait for the mean before; math.inf where `advance` may wait for `finish`.
     """
 
-    def __init__(self, replicas, reduce=None):
+    def __init__(self, replicas, reduce=None, hooks: bool = False):
         self.replicas, self.buckets, self.reduce = replicas, replicas.buckets, reduce
+        self.starter = None  # called where gradients arrive for a step that nobody has started
+        if hooks:
+            replicas.register_grad_hook(self._arrived)
         self.advance, self.overlap, self.behind = None, False, 0
         self.armed, self.paused, self.first_unsent, self.first_waiting = False, False, 0, 0
         self.waits: list = []
         self.missing: list[int] = []
-        self._hooked = False
 
     def arm(self, advance, overlap: bool, behind: float = 0) -> None:
         """A step begins."""
-        if not self._hooked and (overlap or self.reduce):
-            self.replicas.register_grad_hook(self._arrived)
-            self._hooked = True
         self.advance, self.overlap, self.behind, self.armed = advance, overlap, behind, True
         self.rearm()
 
@@ -230,6 +241,8 @@ class Handover:
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, during_backward: bool = True) -> None:
+        if not self.armed and self.starter:
+            self.starter()
         if not self.armed or self.paused or not (self.overlap or self.reduce):
             return
         if bucket.index < self.first_unsent:

@@ -7,6 +7,7 @@
 import contextlib
 import copy
 import functools
+import weakref
 
 import torch
 
@@ -75,17 +76,22 @@ class SlowMo(torch.optim.Optimizer):
         self.algorithm = outer.SlowMo(algorithm, tau, alpha, beta, buffers, exact)
         self._stands_in_for = {p: (segment, place) for segment in self.replicas.segments
                                for (p, _, _), place in zip(segment.members, segment.places)}  # fmt: skip
-        model.register_forward_pre_hook(self._before_forward)
+        algorithm.handover.starter = self.algorithm.start
+        model.register_forward_pre_hook(_BeforeForward(self))
+        self._guard(optimizer)
 
     @property
     def steps(self) -> int:
         """Finished steps."""
         return self.algorithm.steps
 
-    @torch.compiler.disable
-    def _before_forward(self, module, args) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
+    def before_forward(self) -> None:
+        """A step begins, if none has, with the model's forward pass in training mode: called by a hook of the model.
+
+        RuntimeError in DistributedDataParallel, which averages gradients at every step.
+        """
+        if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError("the model is wrapped in DistributedDataParallel, which averages gradients every step: train the bare one")
         handover = self.algorithm.base.handover
         if not self.algorithm.base.started:
             self.algorithm.start()
@@ -100,6 +106,7 @@ class SlowMo(torch.optim.Optimizer):
                 loss = closure()
         if not self._skips():
             self.algorithm.step()
+        self.inner_optimizer._opt_called = True  # for a scheduler that was built on it
         return loss
 
     def _skips(self) -> bool:
@@ -178,7 +185,7 @@ class SlowMo(torch.optim.Optimizer):
     @property
     def state(self) -> dict[torch.nn.Parameter, dict]:
         """Of each parameter: the optimizer's state and, as `slowmo_x0` and `slowmo_u`, SlowMo's. To write, use load_state_dict."""
-        if "algorithm" not in self.__dict__:
+        if getattr(self, "algorithm", None) is None:  # torch's constructor asks; Lightning's wrappers have our class and not our __dict__
             return {}
         own, shared = self.algorithm.base.inner.named(0)
         out = {}
@@ -233,8 +240,8 @@ class SlowMo(torch.optim.Optimizer):
                     raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
                 elif value is not None:
                     (own if per_element(key, value, p) else shared)[f"{key}.{places[p].name}"] = torch.as_tensor(value)
-        if slow and len(slow) != len(places):
-            raise ValueError("the state has x0 of some parameters and not of others: it is another model's")
+        if slow and [set(slow.get(p, ())) for p in places] != [set(self.algorithm.slow_names)] * len(places):
+            raise ValueError("the state has x0 and u of some parameters and not of others: it is another model's, or damaged")
         base = self.algorithm.base
         if base.started:
             base.drop()
@@ -258,9 +265,18 @@ class SlowMo(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """ValueError after construction: what is trained is fixed then."""
-        if "algorithm" in self.__dict__:
+        if getattr(self, "algorithm", None) is not None:
             raise ValueError("parameters cannot be added to SlowMo: add the group to the optimizer, and wrap model and optimizer again")
         super().add_param_group(param_group)
+
+    def _guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """The wrapped optimizer's own step would move this worker and send nothing."""
+
+        def step(*_, **__):
+            raise RuntimeError("this optimizer is wrapped in SlowMo: call the SlowMo object's step() instead")
+
+        step._wrapped_by_lr_sched = True  # a scheduler that was built on it before finds what it looks for
+        optimizer.step = step
 
     def _write(self, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -269,3 +285,23 @@ class SlowMo(torch.optim.Optimizer):
                 segment.written()
             for name, buffer in self.replicas.buffers()[0].items():
                 buffer.copy_(buffers[name])
+
+
+class _BeforeForward:
+    """The hook of a model in a SlowMo's hands. Copies and pickles of the model are in nobody's hands: theirs does nothing."""
+
+    def __init__(self, optimizer: SlowMo | None = None):
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+
+    @torch.compiler.disable
+    def __call__(self, module, args) -> None:
+        optimizer = self._optimizer()
+        inside_backward = torch._C._current_graph_task_id() != -1  # the recomputation of a checkpoint is not a step
+        if optimizer is not None and module.training and torch.is_grad_enabled() and not inside_backward:
+            optimizer.before_forward()
+
+    def __reduce__(self):
+        return _BeforeForward, ()
+
+    def __deepcopy__(self, memo):
+        return _BeforeForward()

@@ -40,7 +40,7 @@ class Average:
 
     def start(self, lr: float | None = None) -> None:
         """An inner step begins. lr: γ, default the learning rates in the optimizer."""
-        if self.slow is None or not self.base.steps and self.replicas.check():
+        if self.slow is None or not self.base.steps and not self.base.started and self.replicas.check():
             self.rebase()
         self.base.start(lr, self.buffers if self.exact and self.due else None)
 

@@ -8,6 +8,8 @@ import torch
 from slowmo.buckets import Bucket, Segment, cut
 from slowmo.cluster import Cluster
 
+_OWNED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models in the hands of a Replicas
+
 
 class Replicas:
     """One copy of `model` for each worker hosted here, its parameters and gradients views into the rows of segments.
@@ -35,8 +37,7 @@ class Replicas:
         dtype = dtype or _widest(trained)
         if not bucket_cap_mb > 0 or accumulate < 1:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb} and accumulate={accumulate}: a positive size, and at least one backward pass")
-        owner = model.__dict__.get("_slowmo_owner", lambda: None)()
-        if owner is not None and owner.models[0] is model:
+        if model in _OWNED:
             raise ValueError("this model is already in the hands of another SlowMo or Replicas: wrap it once, or a copy of it")
         cluster = cluster or Cluster(device=trained[0].device)
         if trained[0].is_meta and cluster.device.type != "meta":
@@ -54,7 +55,7 @@ class Replicas:
                 fixed.detach().copy_(value)
         self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
         self.models += [copy.deepcopy(model) for _ in cluster.local_workers[1:]]
-        model.__dict__["_slowmo_owner"] = weakref.ref(self)
+        _OWNED.add(model)
         self.num_groups = max(groups) + 1
         self.numel = sum(p.numel() for p in trained)
         limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
@@ -71,7 +72,7 @@ class Replicas:
                 cluster.broadcast(first)
                 segment.x.detach().copy_(first)
                 segment.written()
-        self._others = [p for p in model.parameters() if not _trained(p)]
+        self._parameters, self._trained = [id(p) for p in model.parameters()], [_trained(p) for p in model.parameters()]
         self._versions: list[int] | None = None
 
     # --- what the engine asks ---
@@ -81,31 +82,33 @@ class Replicas:
 
         RuntimeError where parameters were moved, cast, replaced, frozen or freed after they became views: training would do nothing.
         """
-        changed, k = False, 0
-        for segment in self.segments:
-            for p, x, _ in segment.members[: len(segment.places)]:
-                if p.dtype == x.dtype and p.data_ptr() != x.data_ptr() or p.dtype != x.dtype and p.device != x.device:
-                    raise RuntimeError(
-                        "a parameter was moved, cast or replaced after it was wrapped, training would do nothing: call model.to(...), "
-                        ".double(), .bfloat16() or load_state_dict(assign=True) before wrapping, or load with assign=False"
-                    )
-                if not p.requires_grad:
-                    raise RuntimeError("a parameter was frozen after it was wrapped: build the optimizer and wrap again then")
-                changed |= self._versions is not None and p._version != self._versions[k]
-                k += 1
-        if any(_trained(p) for p in self._others):
-            raise RuntimeError("a frozen parameter was freed after it was wrapped: build the optimizer and wrap again then")
-        if sum(1 for _ in self.models[0].parameters()) != k + len(self._others):
-            raise RuntimeError("the model has other parameters than when it was wrapped: build the optimizer and wrap again then")
-        return changed
+        parameters = list(self.models[0].parameters())
+        if [id(p) for p in parameters] != self._parameters or not all(segment.in_place() for segment in self.segments):
+            raise RuntimeError(
+                "a parameter was moved, cast, added or replaced after it was wrapped, training would do nothing: change the model "
+                "(to(...), double(), a new layer, load_state_dict(assign=True)) before wrapping it, and wrap model and optimizer anew after"
+            )
+        if [_trained(p) for p in parameters] != self._trained:
+            raise RuntimeError("a parameter was frozen or freed after it was wrapped: wrap model and optimizer anew")
+        return self._versions is not None and self._versions != self._now()
 
     def remember(self) -> None:
         """The parameters are as the algorithm left them."""
-        self._versions = [p._version for segment in self.segments for p, _, _ in segment.members[: len(segment.places)]]
+        self._versions = self._now()
 
     def forget(self) -> None:
         """Whatever is written until the next step is welcome."""
         self._versions = None
+
+    def accept_writes(self) -> None:
+        """Where `forget` said so, or nothing has been remembered yet: the parameters as they are now are the rows."""
+        if self._versions is None:
+            for segment in self.segments:
+                segment.take_writes()
+            self.remember()
+
+    def _now(self) -> list[int]:
+        return [p._version for segment in self.segments for p, _, _ in segment.members[: len(segment.places)]]
 
     def register_grad_hook(self, call) -> None:
         """After backward has written a parameter's gradient: `call(bucket)`, once per parameter, replica and backward pass."""
