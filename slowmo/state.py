@@ -10,6 +10,8 @@ worker is several ranks, each has its own and they are `own.NAME`.
 
 import torch
 
+from slowmo.inner import WholeOptimizer
+
 
 def state_dict(algorithm) -> dict:
     """The state of a base or an outer algorithm. Tensors are views: save or clone them before the next step."""
@@ -108,7 +110,8 @@ def _check(algorithm, worker: dict, shared: dict) -> None:
         shape = (places | buffers if kind in ("model", "own") else places).get(name)
         if shape is None:
             raise ValueError(f"the state has {key}, and the model no {name}: it is another model's")
-        if value.shape != shape and not (kind == "optimizer" and value.numel() == 1):
+        own_shapes = kind == "optimizer" and (value.numel() == 1 or isinstance(algorithm.base.inner, WholeOptimizer))
+        if value.shape != shape and not own_shapes:
             raise ValueError(f"{key} has shape {list(value.shape)} in the state, and {list(shape)} in the model: it is another model's")
 
 
