@@ -109,8 +109,10 @@ class LocalSGD:
         """The segment's rows <- x: `[1, d]`, or with exact=False `[n, d]`, each its own.
 
         buffers: `reset` leaves the optimizer as if it had never stepped, `maintain` as it is; `average` averages each buffer over the
-        workers and keeps counters.
+        workers and keeps counters. ValueError for another word.
         """
+        if buffers not in BUFFERS:
+            raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
         segment.x.copy_(x)
         segment.written()
         if buffers == "reset":

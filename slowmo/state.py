@@ -10,6 +10,8 @@ worker is several ranks, each has its own and they are `own.NAME`.
 
 import torch
 
+from slowmo.inner import WholeOptimizer
+
 
 def state_dict(algorithm) -> dict:
     """The state of a base or an outer algorithm. Tensors are views: save or clone them before the next step."""
@@ -44,14 +46,16 @@ def load_state_dict(algorithm, state: dict) -> None:
     if base.started:
         base.drop()
     rows = range(len(replicas.models))
+    begun = state["steps"] > 0 or any(key.startswith("slow.") for key in (*shared, *state["workers"][0]))
+    slow_names = algorithm.slow_names if begun else ()  # saved before the first step: x0 is not taken yet
     for row in rows:
-        _check(algorithm, state["workers"][row], shared)
+        _check(algorithm, state["workers"][row], shared, slow_names)
     if len(state["groups"]) != len(base.optimizer.param_groups):
         raise ValueError(f"the state has {len(state['groups'])} parameter groups, the optimizer {len(base.optimizer.param_groups)}")
     x = [segment.x.detach() for segment in replicas.segments]
     if algorithm is not base:
         algorithm.blank()
-    slow = [[values[k] for values in algorithm.slow.values()] for k in range(len(algorithm.slow_names))]
+    slow = [[values[k] for values in algorithm.slow.values()] for k in range(len(slow_names))]
     for row in rows:
         worker = state["workers"][row]
         values = worker | shared
@@ -59,7 +63,7 @@ def load_state_dict(algorithm, state: dict) -> None:
             buffer.copy_(worker[f"model.{name}"] if f"model.{name}" in worker else worker[f"own.{name}"])
         for name, view in replicas.named(x, row).items():
             view.copy_(worker[f"model.{name}"])
-        for key, blocks in zip(algorithm.slow_names, slow):
+        for key, blocks in zip(slow_names, slow):
             if row == 0 or not algorithm.exact:
                 for name, view in replicas.named(blocks, row).items():
                     view.copy_(values[f"slow.{key}.{name}"])
@@ -73,6 +77,8 @@ def load_state_dict(algorithm, state: dict) -> None:
     for group, saved in zip(base.optimizer.param_groups, state["groups"]):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
     base.steps = state["steps"]
+    if algorithm.slow_names and not slow_names:
+        algorithm.slow = None
     replicas.forget()
 
 
@@ -86,11 +92,11 @@ def _slow(algorithm, row: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def _check(algorithm, worker: dict, shared: dict) -> None:
+def _check(algorithm, worker: dict, shared: dict, slow_names) -> None:
     places = {place.name: place.shape for segment in algorithm.replicas.segments for place in segment.places}
     buffers = {name: buffer.shape for name, buffer in algorithm.replicas.buffers()[0].items()}
     needed = {f"model.{name}" for name in places}
-    needed |= {f"slow.{key}.{name}" for key in algorithm.slow_names for name in places}
+    needed |= {f"slow.{key}.{name}" for key in slow_names for name in places}
     needed |= {"push_sum_weight"} if hasattr(algorithm.base, "w") else set()
     values = worker | shared
     needed |= {f"model.{name}" for name in buffers if f"own.{name}" not in values}
@@ -104,7 +110,8 @@ def _check(algorithm, worker: dict, shared: dict) -> None:
         shape = (places | buffers if kind in ("model", "own") else places).get(name)
         if shape is None:
             raise ValueError(f"the state has {key}, and the model no {name}: it is another model's")
-        if value.shape != shape and not (kind == "optimizer" and value.numel() == 1):
+        own_shapes = kind == "optimizer" and (value.numel() == 1 or isinstance(algorithm.base.inner, WholeOptimizer))
+        if value.shape != shape and not own_shapes:
             raise ValueError(f"{key} has shape {list(value.shape)} in the state, and {list(shape)} in the model: it is another model's")
 
 

@@ -32,8 +32,9 @@ class VmapReplicas:
             owner, _, own = name.rpartition(".")
             owners = [model.get_submodule(owner) for model in replicas.models]
             stack = torch.stack([module._buffers[own] for module in owners])
-            for module, part in zip(owners, stack):  # each model's own buffer is its part of the stack from now on
-                module._buffers[own] = part
+            # each model's own buffer is its part of the stack from now on, in a storage of its own: saving a model writes that only
+            for module, part in zip(owners, stack):
+                module._buffers[own] = torch.from_dlpack(part)
             self.buffers[f"inner.{name}"] = stack
 
     def __call__(self, loss, batches: list) -> torch.Tensor:

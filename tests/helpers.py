@@ -23,6 +23,24 @@ def quadratic(m, d=6, seed=0, noise=0.3):
     return Quadratic(workers=m, seed=seed, dtype="float64", device="cpu", dimension=d, noise=noise)
 
 
+class Several(Quadratic):
+    """The quadratic of `quadratic`, its unknowns spread over three parameters of different shapes."""
+
+    def __init__(self, m, d=6, seed=0, noise=0.3):
+        super().__init__(workers=m, seed=seed, dtype="float64", device="cpu", dimension=d, noise=noise)
+
+    def model(self):
+        model = torch.nn.Module()
+        for name, part in zip("abc", self.x0.split([2, 1, len(self.x0) - 3])):
+            setattr(model, name, torch.nn.Parameter(part.clone()))
+        return model
+
+    def loss(self, model, batch):
+        whole = torch.nn.Module()
+        whole.x = torch.cat([model.a, model.b, model.c])
+        return super().loss(whole, batch)
+
+
 def sgd(parameters, lr=0.5, **options):
     return torch.optim.SGD(parameters, lr=lr, fused=True, **options)
 
@@ -74,6 +92,59 @@ def run(task, replicas, algorithm, steps, lr, vectorize=False, before_average=No
     for _ in train(task, replicas, algorithm, schedule, steps, task.seed, meter, vectorize, before_average):
         pass
     return replicas.rows()
+
+
+def two_groups(make):
+    """parameters -> `make` over two parameter groups, of the first parameter and of the others: two segments."""
+
+    def optimizer(parameters):
+        first, *rest = parameters
+        return make([{"params": [first]}, {"params": rest}])
+
+    return optimizer
+
+
+def write(replicas, blocks, values):
+    """The inverse of `replicas.flat`: values [n, numel] into `blocks`, one [n, d] for each segment."""
+    places = [(place, block) for segment, block in zip(replicas.segments, blocks) for place in segment.places]
+    places.sort(key=lambda pair: pair[0].index)
+    for (place, block), part in zip(places, values.split([place.shape.numel() for place, _ in places], 1), strict=True):
+        block.detach()[:, place.offset : place.offset + part.shape[1]] = part
+
+
+def write_rows(replicas, values):
+    write(replicas, [segment.x for segment in replicas.segments], values)
+
+
+def write_gradients(replicas, values):
+    write(replicas, [segment.grad for segment in replicas.segments], values)
+
+
+def buffers(algorithm):
+    """What the optimizer keeps for each element, by name: [n, numel]."""
+    inner, segments = algorithm.base.inner, algorithm.replicas.segments
+    return {name: algorithm.replicas.flat([inner.blocks(segment)[name] for segment in segments]) for name in inner.blocks(segments[0])}
+
+
+def restart(algorithm, x, kind="maintain", exact=True):
+    """base.restart, segment by segment; x: a list of blocks."""
+    for segment, block in zip(algorithm.replicas.segments, x):
+        algorithm.base.restart(segment, block, kind, exact)
+
+
+def copied(state):
+    """A state of slowmo.state, its tensors cloned."""
+    clone = lambda part: {name: value.detach().clone() for name, value in part.items()}
+    return state | {"workers": [clone(worker) for worker in state["workers"]], "shared": clone(state["shared"])}
+
+
+def assert_same_state(left, right):
+    """Equal to the last bit."""
+    assert left["steps"] == right["steps"] and left["groups"] == right["groups"]
+    for a, b in zip([*left["workers"], left["shared"]], [*right["workers"], right["shared"]], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 def average(algorithm):

@@ -18,6 +18,8 @@ class Normed(torch.nn.Module):
 class Normal:
     """Keeps the state of every model it evaluates, and draws random numbers while it does, as a careless task might."""
 
+    seed = 0
+
     def __init__(self, dropout=0.5, samples=6):
         self.dropout, self.seen = dropout, []
         self.x = self.draw(999, 0, samples)
@@ -36,9 +38,9 @@ class Normal:
     def loss(self, model, batch):
         return (model(batch).squeeze(1) - batch.sum(1)).square().mean()
 
-    def evaluate(self, model, part, samples):
+    def evaluate(self, model, part):
         torch.rand(3)
         assert not model.training
         self.seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        x = self.x[part[0] : samples : part[1]]
+        x = self.x[part[0] :: part[1]]
         return {"count": len(x), "validation_loss": float((model(x).squeeze(1) - x.sum(1)).square().sum())}

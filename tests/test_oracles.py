@@ -5,11 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import build, run
+from helpers import average, build, run
 from processes import spawn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import slowmo
+from slowmo.outer import Average, SlowMo
 
 M, TAU, STEPS = 5, 3, 11  # three rounds and a part of one; with 5 workers the exponential graph has hops 1, 2, 4
 ALPHA, BETA = 0.8, 0.6
@@ -49,7 +50,7 @@ def schedule(step):
 
 def ours(base, optimizer, outer=None, m=M, steps=STEPS, lr=schedule):
     """(algorithm, de-biased rows) after `steps`; base: a name of helpers.BASES or (replicas, optimizer) -> base."""
-    make = functools.partial(build, TASK, m, base, lambda rows: OPTIMIZERS[optimizer]([rows]))
+    make = functools.partial(build, TASK, m, base, OPTIMIZERS[optimizer])
     replicas, algorithm = make(outer and (lambda base: outer(base, tau=TAU)))
     return algorithm, run(TASK, replicas, algorithm, steps, lr)
 
@@ -100,7 +101,7 @@ def test_slowmo_is_sgd_with_momentum_on_the_pseudo_gradient(optimizer):
                 inner_step(model, inner, batch_of(i, step), lr)
         x0.grad = x0.detach() - sum(map(read, models)) / M
         slow.step()
-    outer = functools.partial(slowmo.SlowMo, alpha=ALPHA, beta=BETA, buffers="reset")
+    outer = functools.partial(SlowMo, alpha=ALPHA, beta=BETA, buffers="reset")
     _, x = ours("local_sgd", optimizer, outer, steps=4 * TAU, lr=lr)
     same(x, x0.detach().expand_as(x))
 
@@ -113,7 +114,7 @@ def test_one_worker_without_slow_momentum_is_lookahead():
         if (step + 1) % TAU == 0:
             slow = slow + ALPHA * (read(model) - slow)
             write(model, slow)
-    outer = functools.partial(slowmo.SlowMo, alpha=ALPHA, beta=0.0, buffers="maintain")
+    outer = functools.partial(SlowMo, alpha=ALPHA, beta=0.0, buffers="maintain")
     _, x = ours("local_sgd", "nesterov", outer, m=1, steps=4 * TAU)
     same(x[0], slow)
 
@@ -127,7 +128,7 @@ def test_large_batch_sgd(base, optimizer, slow):
     for step in range(STEPS):
         batches = [batch_of(i, step) for i in range(M)]
         inner_step(model, inner, [torch.cat(part) for part in zip(*batches)], schedule(step))
-    outer = (lambda base, tau: slowmo.SlowMo(base, tau=1, alpha=1.0, beta=0.0)) if slow else None
+    outer = (lambda base, tau: SlowMo(base, tau=1, alpha=1.0, beta=0.0)) if slow else None
     _, x = ours(base, optimizer, outer)
     same(x, read(model).expand_as(x))
 
@@ -159,10 +160,10 @@ def local_sgd(optimizer, buffers):
 @pytest.mark.parametrize("optimizer", ["nesterov", "adam"])
 @pytest.mark.parametrize("buffers", ["reset", "maintain", "average"])
 def test_local_sgd(optimizer, buffers):
-    algorithm, x = ours("local_sgd", optimizer, functools.partial(slowmo.Average, buffers=buffers))
+    algorithm, x = ours("local_sgd", optimizer, functools.partial(Average, buffers=buffers))
     expected = local_sgd(optimizer, buffers)
     same(x, expected)
-    same(algorithm.average()[:, : x.shape[1]], expected.mean(0, keepdim=True))
+    same(average(algorithm), expected.mean(0, keepdim=True))
 
 
 def exponential(step):
@@ -237,12 +238,12 @@ GOSSIP = {
 @pytest.mark.parametrize("case", GOSSIP)
 def test_gossip(case, optimizer, slow):
     base, graph, matrix, overlap = GOSSIP[case]
-    outer = functools.partial(slowmo.SlowMo, alpha=ALPHA, beta=BETA, buffers="reset") if slow else None
+    outer = functools.partial(SlowMo, alpha=ALPHA, beta=BETA, buffers="reset") if slow else None
     algorithm, x = ours(lambda replicas, inner: base(replicas, inner, graph), optimizer, outer)
     expected, w = gossip(matrix, overlap, optimizer, slow)
     same(x, expected)
-    same(getattr(algorithm, "base", algorithm).w, w)
-    same(algorithm.average()[:, : x.shape[1]], ((w * expected).sum(0) / w.sum()).unsqueeze(0))
+    same(algorithm.base.w, w)
+    same(average(algorithm), ((w * expected).sum(0) / w.sum()).unsqueeze(0))
     assert ((w - 1).abs().max() > 0.1) == ("uneven" in case)
 
 
@@ -256,7 +257,7 @@ def post_local_sgd(optimizer):
     from torch.distributed.optim import PostLocalSGDOptimizer
 
     rank = torch.distributed.get_rank()
-    _, x = ours("local_sgd", optimizer, functools.partial(slowmo.Average, buffers="maintain"), m=4)
+    _, x = ours("local_sgd", optimizer, functools.partial(Average, buffers="maintain"), m=4)
     model = torch.nn.parallel.DistributedDataParallel(TASK.model())
     state = hooks.PostLocalSGDState(None, None, start_localSGD_iter=0, post_local_gradient_allreduce=False)
     model.register_comm_hook(state, hooks.post_localSGD_hook)
@@ -359,14 +360,14 @@ def uneven_sgp(replicas, inner):
     return slowmo.SGP(replicas, inner, slowmo.Mixing(4, matrix))
 
 
-EXACT = functools.partial(slowmo.SlowMo, alpha=ALPHA, beta=BETA)
+EXACT = functools.partial(SlowMo, alpha=ALPHA, beta=BETA)
 NOAVERAGE = functools.partial(EXACT, exact=False)
 SLOW = {"slowmo_lr": ALPHA, "slowmo_momentum": BETA}
 ALONE = {"slowmo_lr": 1.0, "slowmo_momentum": 0.0}
 LOCAL, SGP = {"slowmo_base_algorithm": "localsgd"}, {"slowmo_base_algorithm": "sgp"}
 WHOLE, SHARDED = {"slowmo_memory_efficient": False}, {"slowmo_memory_efficient": True}
 FAIRSCALE = {
-    "local sgd, maintain": ("nesterov", "local_sgd", slowmo.Average, "maintain", LOCAL | ALONE),
+    "local sgd, maintain": ("nesterov", "local_sgd", Average, "maintain", LOCAL | ALONE),
     "local sgd + slowmo, reset": ("nesterov", "local_sgd", EXACT, "reset", LOCAL | SLOW | SHARDED),
     "local sgd + slowmo, maintain": ("adam", "local_sgd", EXACT, "maintain", LOCAL | SLOW | WHOLE),
     "sgp": ("nesterov", "sgp", None, None, SGP | ALONE),
