@@ -37,7 +37,9 @@ def test_foreach_and_fused_are_torchs_too(kind, options):
     def make(groups):
         return kind(groups, lr=0.01, weight_decay=0.1, **options)
 
-    assert torch.equal(train(*wrapped(make, **IDLE), 5), train(*plain(make), 5))
+    mine, expected = train(*wrapped(make, **IDLE), 5), train(*plain(make), 5)
+    # a fused kernel steps the last elements of a tensor without vector registers, and rows have other last elements
+    assert torch.equal(mine, expected) or options.get("fused") and same(mine, expected)
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
@@ -578,7 +580,7 @@ def test_a_subclass_is_not_taken_for_its_parent():
 
 def test_the_averaged_model():
     def run():
-        model, made = wrapped("nesterov", base="sgp", tau=10**6)
+        model, made = wrapped("nesterov", base="local_sgd", tau=10**6)
         mine = train(model, made, 5)
         before = copy.deepcopy((model.state_dict(), made.state_dict()))
         average = made.averaged_model()
@@ -587,7 +589,7 @@ def test_the_averaged_model():
             statistics = model[1].running_mean.clone()
         untouched = torch.equal(weights(model), mine) and torch.equal(model[1].running_mean, before[0]["1.running_mean"])
         after = train(model, made, range(5, 8))  # evaluation changes nothing
-        model, made = wrapped("nesterov", base="sgp", tau=10**6)
+        model, made = wrapped("nesterov", base="local_sgd", tau=10**6)
         expected = train(model, made, 8)
         rows = everywhere(mine)
         means = everywhere(before[0]["1.running_mean"]).mean(0)
@@ -625,14 +627,23 @@ def _sparse():
     return nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 3))
 
 
-def test_sparse_gradients_raise():
-    model = _sparse()
-    made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for _ in range(2):
-        made.zero_grad()
-        with pytest.raises((RuntimeError, ValueError), match="sparse"):
-            model(torch.randint(0, 9, (5, 3))).square().mean().backward()
+def test_sparse_gradients_become_dense_or_raise():
+    x = [torch.randint(0, 9, (5, 3), generator=torch.Generator().manual_seed(step)) for step in range(3)]
+
+    def go(model, made, zero):
+        for step in range(3):
+            zero()
+            model(x[step]).square().mean().backward()
             made.step()
+        return weights(model)
+
+    model, reference, other = _sparse(), _sparse(), _sparse()
+    made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.1), **IDLE)
+    plain_made = torch.optim.SGD(reference.parameters(), lr=0.1)
+    assert torch.allclose(go(model, made, made.zero_grad), go(reference, plain_made, plain_made.zero_grad))
+    made = slowmo.SlowMo(other, torch.optim.SGD(other.parameters(), lr=0.1), **IDLE)
+    with pytest.raises((RuntimeError, ValueError), match="sparse"):
+        go(other, made, other.zero_grad)  # the gradient is then backward's own tensor
 
 
 def test_the_meta_device_raises():
