@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -65,6 +66,7 @@ class Pool:
 
     def _serve(self, rank, pipe, folder) -> None:
         torch.set_num_threads(1)
+        faulthandler.disable()  # pytest's: a rank that gloo aborts would print the whole of pytest's stack
         store = f"file://{folder}/store"
         limit = datetime.timedelta(seconds=30)
         dist.init_process_group("gloo", store, rank=rank, world_size=self.processes, timeout=limit)

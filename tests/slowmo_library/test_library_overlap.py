@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from loops import weights
 from pool import Pool
@@ -102,10 +102,10 @@ def train(case, overlap):
 
 
 def compare(case):
-    """In a process: (whether late and overlap agree, the parameters)."""
+    """In a process: (whether late and overlap agree, the parameters' bytes)."""
     late, early = (train(case, overlap) for overlap in (False, True))
     assert torch.isfinite(late[0]).all()
-    return all(map(torch.equal, late[:2], early[:2])) and late[2] == early[2] == STEPS, late[0].double()
+    return all(map(torch.equal, late[:2], early[:2])) and late[2] == early[2] == STEPS, late[0].numpy().tobytes()
 
 
 @st.composite
@@ -142,7 +142,8 @@ def pool_of(processes):
         pool.close()
 
 
-TRIES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+# no shrinking: a failed case kills its processes, and a case is short as it is
+TRIES = settings(deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @settings(TRIES, max_examples=60)
@@ -183,6 +184,6 @@ def check(answers, case, processes):
     assert all(equal for equal, _ in answers)
     rows = [row for _, row in answers]
     for first in range(0, processes, case.ranks_per_worker):  # the ranks of a worker hold the same
-        assert all(torch.equal(rows[first], row) for row in rows[first : first + case.ranks_per_worker])
+        assert all(rows[first] == row for row in rows[first : first + case.ranks_per_worker])
     if case.base == "allreduce" or STEPS % case.tau == 0 and case.exact:  # just after an average all workers do
-        assert all(torch.equal(rows[0], row) for row in rows)
+        assert all(rows[0] == row for row in rows)
