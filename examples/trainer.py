@@ -1,8 +1,6 @@
-"""The Hugging Face Trainer. It would wrap the model in DistributedDataParallel, which averages every gradient: `leave_bare` keeps it as it
-is, and SlowMo sends. It saves rank 0's model and optimizer: let save_steps be a multiple of tau, so that all workers are the same then."""
+"""The Hugging Face Trainer. It would wrap the model in DistributedDataParallel, which averages every gradient: here it leaves the model
+alone, and SlowMo sends. It saves rank 0's model and optimizer: let save_steps be a multiple of tau, when all workers are the same."""
 
-import functools
-import os
 import tempfile
 
 import torch
@@ -11,6 +9,19 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import slowmo
+
+
+class SlowMoTrainer(Trainer):
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            super().create_optimizer(model)  # the Trainer's own AdamW, with its groups
+            self.optimizer = slowmo.SlowMo(self.model, self.optimizer, base="local_sgd", tau=12, beta=0.5)
+        return self.optimizer
 
 
 class Signs(nn.Module):
@@ -23,28 +34,16 @@ class Signs(nn.Module):
         return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def samples(steps: int) -> list[dict]:
-    parts = [batch(step) for step in range(steps)]
-    return [{"x": x, "labels": y} for xs, ys in parts for x, y in zip(xs, ys)]
-
-
-def leave_bare(trainer: Trainer) -> None:
-    trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
-
-
 def train(steps: int = 300):
     torch.manual_seed(0)
-    model = Signs()
+    samples = [{"x": x, "labels": y} for xs, ys in map(batch, range(steps)) for x, y in zip(xs, ys)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=64, use_cpu=True, save_strategy="no", report_to=[],
-                                      lr_scheduler_type="cosine", disable_tqdm=True, remove_unused_columns=False)  # fmt: skip
-        optimizer = slowmo.SlowMo(model, torch.optim.AdamW(model.parameters(), lr=1e-2), base="local_sgd", tau=12, beta=0.5)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        trainer = Trainer(model, arguments, train_dataset=samples(steps), optimizers=(optimizer, schedule))
-        leave_bare(trainer)
+        arguments = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=1e-2, weight_decay=0.01,
+                                      use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True)  # fmt: skip
+        trainer = SlowMoTrainer(Signs(), arguments, train_dataset=samples)
         trainer.train()
-    return model, optimizer
+    return trainer.model, trainer.optimizer.optimizer  # Accelerate's wrapper around ours
 
 
 if __name__ == "__main__":
-    print(f"rank {os.environ.get('RANK', 0)}: accuracy of the averaged model {accuracy(*train()):.3f}")
+    print(f"accuracy of the averaged model {accuracy(*train()):.3f}")

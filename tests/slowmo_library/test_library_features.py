@@ -706,7 +706,7 @@ def test_sharded_parameters_raise():
 @pytest.mark.parametrize("wrong", [dict(base="adpsgd"), dict(tau=0), dict(tau=1.5), dict(alpha=0), dict(beta=1.0), dict(beta=-0.1),
                                    dict(buffers="clear"), dict(accumulate=0), dict(bucket_cap_mb=0), dict(num_workers=3),
                                    dict(base="local_sgd", graph=slowmo.Ring(1)), dict(graph=slowmo.Ring(4)),
-                                   dict(base="dpsgd", graph=slowmo.Exponential(5))], ids=str)  # fmt: skip
+                                   dict(base="dpsgd", graph=slowmo.Exponential(5))])  # fmt: skip
 def test_wrong_options_raise(wrong):
     with pytest.raises(ValueError):
         wrapped(**wrong)
