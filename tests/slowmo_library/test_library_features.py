@@ -38,8 +38,8 @@ def test_foreach_and_fused_are_torchs_too(kind, options):
         return kind(groups, lr=0.01, weight_decay=0.1, **options)
 
     mine, expected = train(*wrapped(make, **IDLE), 5), train(*plain(make), 5)
-    # a fused kernel steps the last elements of a tensor without vector registers, and rows have other last elements
-    assert torch.equal(mine, expected) or options.get("fused") and same(mine, expected)
+    # a fused kernel steps the last elements of a tensor without vector registers, and rows have other last elements; Adam amplifies
+    assert torch.equal(mine, expected) or options.get("fused") and torch.allclose(mine, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
@@ -48,7 +48,7 @@ def test_groups_clipping_and_one_cycle_are_torchs(optimizer):
     for model, made in (wrapped(optimizer, groups=decay_groups, **IDLE), plain(optimizer, groups=decay_groups)):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(made, max_lr=[0.1, 0.1, 0.2], total_steps=20)
         out.append(train(model, made, 18, clip=0.5, scheduler=scheduler))
-        out.append([{k: v for k, v in group.items() if k != "params"} for group in made.param_groups])
+        out.append([{k: v for k, v in group.items() if k != "params" and "slowmo" not in k} for group in made.param_groups])
     assert torch.equal(out[0], out[2]) and out[1] == out[3]
 
 
