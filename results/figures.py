@@ -98,7 +98,9 @@ def fig2(data: str, runs: Runs, curves: Curves):
             style = styled(cell, data)
             axis.plot(found["epoch"], found[name], **style)
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
-            axis.fill_between(found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band)
+            axis.fill_between(
+                found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band
+            )
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
         axis.legend(loc="lower right" if metric.more else "upper right")
     axes[0][0].set_ylabel(metric.title.removesuffix(", best"))

@@ -122,7 +122,11 @@ class Checkpoint:
         found = self._read(self._file(i), f"{i}/")
         for key, value in found.items():
             if key.startswith("own."):
-                found[key] = value[self._worker_rank] if len(value) == self._worker_size else (value if value.is_complex() else value.double()).mean(0).to(value.dtype)
+                found[key] = (
+                    value[self._worker_rank]
+                    if len(value) == self._worker_size
+                    else (value if value.is_complex() else value.double()).mean(0).to(value.dtype)
+                )
         return found
 
     def _file(self, worker: int) -> str:

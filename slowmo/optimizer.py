@@ -1,7 +1,7 @@
 """SlowMo for a training loop of your own: one line after the optimizer, and the loop stays as it is.
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
 """
 
 import contextlib

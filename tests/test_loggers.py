@@ -64,7 +64,9 @@ def test_the_bar_reaches_its_end_and_fits(steps, monkeypatch):
     assert max(map(len, lines)) <= 80 and "…" not in screen.getvalue()
 
 
-@pytest.mark.parametrize("row, fourth", [({"accuracy": 31.6, "consensus_distance": 1.0}, "accuracy 31.60"), ({"consensus_distance": 0.5}, "distance 0.5")])
+@pytest.mark.parametrize(
+    "row, fourth", [({"accuracy": 31.6, "consensus_distance": 1.0}, "accuracy 31.60"), ({"consensus_distance": 0.5}, "distance 0.5")]
+)
 def test_an_evaluation_is_one_line_of_five_columns(row, fourth, capsys):
     progress = Progress(1_200_000, True)
     progress.row(ROW | row)
@@ -177,7 +179,9 @@ def test_wandb_is_told_all_and_goes_on_with_one_run(tmp_path):
     assert start["config"]["outer"]["tau"] == 4 and start["name"] == f"{folder.parent.name}/seed1"
     told = [args[0] for name, args, _ in calls if name == "log"]
     assert [values["step"] for values in told if "loss" in values] == [10, 20, 30, 40]
-    assert [values["consensus_distance"] for values in told if "consensus_distance" in values] == [row["consensus_distance"] for row in rows(folder)]
+    assert [values["consensus_distance"] for values in told if "consensus_distance" in values] == [
+        row["consensus_distance"] for row in rows(folder)
+    ]
     assert calls[-1] == ["finish", [], {"exit_code": 0}]
     (folder / "result.json").unlink()
     finished(*words, cwd=tmp_path, before=boundary(None))

@@ -1,13 +1,13 @@
 """A run's folder: a function of its config.
 
-    runs/<experiment>[,<key>=<value>...]/seed<seed>/
-        config.yaml      the resolved config
-        metrics.jsonl    one row an evaluation
-        result.json      best and last, seconds an iteration, where and with what, checksums: written when the run has ended
-        final.npz        all iterates, for tasks whose iterates are small
-        checkpoints/     the last two, with the metric rows up to each; see slowmo/checkpoint.py
-        models/          the averaged model at the last `evaluate.keep` evaluations: safetensors, the model's own names
-        .old-1/ ...      what lay there before resume=never
+runs/<experiment>[,<key>=<value>...]/seed<seed>/
+    config.yaml      the resolved config
+    metrics.jsonl    one row an evaluation
+    result.json      best and last, seconds an iteration, where and with what, checksums: written when the run has ended
+    final.npz        all iterates, for tasks whose iterates are small
+    checkpoints/     the last two, with the metric rows up to each; see slowmo/checkpoint.py
+    models/          the averaged model at the last `evaluate.keep` evaluations: safetensors, the model's own names
+    .old-1/ ...      what lay there before resume=never
 """
 
 import hashlib

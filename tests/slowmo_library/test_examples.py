@@ -19,7 +19,9 @@ STEPS, TAU = 66, 12
 def test_example(name, ranks):
     if NEEDS[name] and not importlib.util.find_spec(NEEDS[name]):
         pytest.skip(f"{NEEDS[name]} is not installed: pip install 'slowmo-suite[examples]'")
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = (
+        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    )
     path = os.pathsep.join(map(str, (ROOT / "examples", ROOT)))
     done = subprocess.run(
         [*launcher, str(Path(__file__).with_name("drive.py")), name, str(STEPS)],

@@ -216,7 +216,9 @@ def test_parameters_without_a_gradient_stand_still_as_in_torch():
 @pytest.mark.parametrize("base", ["allreduce", "local_sgd", "sgp"])
 def test_accumulation(base, how, overlap):
     def run():
-        model, made = wrapped("nesterov", base=base, tau=10**6, bucket_cap_mb=1e-4, overlap=overlap, **({"accumulate": 3} if how == "accumulate" else {}))
+        model, made = wrapped(
+            "nesterov", base=base, tau=10**6, bucket_cap_mb=1e-4, overlap=overlap, **({"accumulate": 3} if how == "accumulate" else {})
+        )
         inside, outside, reference = ddp("nesterov")
         alone, local = plain("nesterov")
         for step in range(4):

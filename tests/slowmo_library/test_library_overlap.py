@@ -82,7 +82,10 @@ def train(case, overlap):
     torch.manual_seed(0)
     model = Blocks(case).to(dtype)
     parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": 0.02}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": 0.02},
+    ]
     made = OPTIMIZERS[case.optimizer](groups)
     options = dict(graph=graph(case.graph, workers)) if case.graph else {}
     made = slowmo.SlowMo(model, made, case.base, case.tau, case.alpha, case.beta, case.buffers, case.exact, cluster=cluster(workers),
@@ -143,7 +146,11 @@ def pool_of(processes):
 
 
 # no shrinking: a failed case kills its processes, and a case is short as it is
-TRIES = settings(deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+TRIES = settings(
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 
 @settings(TRIES, max_examples=60)

@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import slowmo
 
-
 # --- 1: gradients are final when backward returns ---
 
 
-@pytest.mark.parametrize("options", [dict(base="allreduce"), dict(base="local_sgd", num_workers=1)], ids=["allreduce", "worker of two ranks"])
+@pytest.mark.parametrize(
+    "options", [dict(base="allreduce"), dict(base="local_sgd", num_workers=1)], ids=["allreduce", "worker of two ranks"]
+)
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 def test_clipping_after_averaged_gradients_is_that_of_ddp(options, optimizer):
     def run():
@@ -226,7 +227,9 @@ def test_weights_loaded_after_wrapping_are_where_slow_momentum_starts():
     after.load_state_dict(pretrained)
     before = net()
     before.load_state_dict(pretrained)
-    assert torch.equal(train(after, made, 7), train(before, slowmo.SlowMo(before, TORCH["nesterov"](before.parameters()), tau=2, beta=0.6), 7))
+    assert torch.equal(
+        train(after, made, 7), train(before, slowmo.SlowMo(before, TORCH["nesterov"](before.parameters()), tau=2, beta=0.6), 7)
+    )
 
 
 def test_weights_loaded_into_narrow_layers_are_not_undone_by_a_step():
