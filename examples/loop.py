@@ -1,4 +1,4 @@
-"""An ordinary training loop with one line more. `python examples/loop.py`, or on two ranks `torchrun --nproc-per-node 2 examples/loop.py`."""
+"""An ordinary training loop with one line more: `python examples/loop.py`, on two ranks `torchrun --nproc-per-node 2 examples/loop.py`."""
 
 import os
 

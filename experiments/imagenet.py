@@ -62,7 +62,7 @@ class ImageNet(HalfPrecision):
         if not self.steps_per_epoch:
             raise ValueError(f"{data.train} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
         self._sets, self._order, self._unreadable = None, (None, None), {}
-        self._next = self._ahead = None
+        self._next = self._ahead = self._normal = None
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(self.seed % 2**63)
@@ -162,8 +162,10 @@ class ImageNet(HalfPrecision):
                 f"put whole files there, or allow for more than data.unreadable={self.data.unreadable}"
             )
         pictures = pictures.to(self.device, non_blocking=True).to(self.dtype)
-        scale = torch.tensor([1 / (255 * std) for std in STD], dtype=self.dtype, device=self.device).view(3, 1, 1)
-        shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD)], dtype=self.dtype, device=self.device).view(3, 1, 1)
+        if self._normal is None:  # once: each copy from the host makes it wait for the GPU
+            both = [[-mean / std, 1 / (255 * std)] for mean, std in zip(MEAN, STD)]
+            self._normal = torch.tensor(both, dtype=torch.float64).to(self.device, self.dtype).T.reshape(2, 3, 1, 1)
+        shift, scale = self._normal
         normal = torch.addcmul(shift, pictures, scale).contiguous(memory_format=self.memory_format)
         return normal, labels.to(self.device, non_blocking=True)
 

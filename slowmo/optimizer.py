@@ -191,9 +191,7 @@ class SlowMo(torch.optim.Optimizer):
         own, shared = self.algorithm.base.inner.named(0)
         out = {}
         for p, (segment, place) in self._stands_in_for.items():
-            found = {key: value for key, value in entries(place.name, own)} | {
-                key: value.clone() for key, value in entries(place.name, shared)
-            }
+            found = dict(entries(place.name, own)) | {key: value.clone() for key, value in entries(place.name, shared)}
             if self.algorithm.slow:
                 blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
                 found |= {f"slowmo_{key}": place.of(block, 0) for key, block in blocks}

@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: any layout loads what any other saved, each rank of a worker its own; damage is found, errors are no damage."""
+"""Checkpoints by themselves: any layout loads what any other saved, each rank of a worker its own; damage is found, an error is none."""
 
 import errno
 import json

@@ -116,7 +116,8 @@ def test_a_job_of_ones_own(flag, mine, tmp_path, pretended):
     code, out, err = run(*words, cwd=tmp_path, path=pretended)
     assert code == 0, err
     (file,) = tmp_path.glob("runs/slurm/77/77_submitted.pkl")
-    held = subprocess.run([sys.executable, "-c", f"import pickle; print(*pickle.load(open({str(file)!r}, 'rb')).function.words, sep='\\n')"],
+    code = f"import pickle; print(*pickle.load(open({str(file)!r}, 'rb')).function.words, sep='\\n')"
+    held = subprocess.run([sys.executable, "-c", code],
                           cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
     kept = f"--config-dir={mine}" if flag.startswith("--") else flag
     assert held == [kept, "experiment=on_slurm", "evaluate.every=${steps}", "launch=here"]

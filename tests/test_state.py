@@ -250,7 +250,7 @@ def test_workers_are_read_one_after_another():
     load_state_dict(fresh, saved | {"workers": files})
     assert_same_state(state_dict(fresh), saved)
     rows = [row for row, _ in itertools.groupby(files.read)]
-    assert [row for row in rows[-3:]] == [0, 1, 2]
+    assert list(rows[-3:]) == [0, 1, 2]
 
 
 # --- memory and dtypes ---

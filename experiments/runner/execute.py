@@ -169,7 +169,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
 
 
 def _open(cfg: DictConfig, path: Path, cluster: Cluster, held: contextlib.ExitStack) -> tuple[dict | None, list[str]]:
-    """Take the folder for this run alone: the result that it holds, if any, and what is damaged. Rank 0 looks, everybody gets its answer."""
+    """Take the folder for this run alone: the result that it holds, if any, and what is damaged. Rank 0 looks, all get its answer."""
     found = None
     with everywhere(cluster):
         if cluster.is_main:

@@ -23,8 +23,10 @@ from experiments import files
 from experiments.runner.config import Composed, compose, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
-IGNORED_KEYS = ("seed", "dry_run", "resume", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root", "data.download",
-                "data.cache", "task.device", "task.problem", "task.loaders", "task.data.root", "task.data.download", "task.data.cache")  # fmt: skip
+IGNORED_KEYS = (
+    "seed", "dry_run", "resume", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root",
+    "data.download", "data.cache", "task.device", "task.problem", "task.loaders", "task.data.root", "task.data.download", "task.data.cache",
+)  # fmt: skip
 FILES, FOLDERS = ("config.yaml", "metrics.jsonl", "result.json", "final.npz", ".lock"), ("checkpoints", "models")
 
 
@@ -34,8 +36,11 @@ def run_dir(composed: Composed, task) -> Path:
     start = f"experiment={name}" if name else f"task={composed.choices['task']}"
     groups, plain = {}, compose([start])
     for nested in (False, True):  # base before base/graph: choosing a base brings its own graph
-        more = {group: choice for group, choice in composed.choices.items()
-                if ("/" in group) == nested and plain.choices.get(group) != choice and group not in ("cluster", "launch", "logger")}  # fmt: skip
+        more = {
+            group: choice
+            for group, choice in composed.choices.items()
+            if ("/" in group) == nested and plain.choices.get(group) != choice and group not in ("cluster", "launch", "logger")
+        }
         if more:
             groups |= more
             plain = compose([start, *(f"{group}={choice}" for group, choice in groups.items())])

@@ -7,7 +7,7 @@ from torch import nn
 import slowmo
 
 # over one process these change nothing: what is left is the user's own optimizer
-IDLE = dict(base="local_sgd", tau=10**6)
+IDLE = {"base": "local_sgd", "tau": 10**6}
 TORCH = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05),
     "nesterov": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),

@@ -10,7 +10,7 @@ import slowmo
 
 C = (-1.0, 7.0)
 FOUR = (-1.0, 7.0, 4.0, -2.0)
-NESTEROV = dict(momentum=0.5, nesterov=True)
+NESTEROV = {"momentum": 0.5, "nesterov": True}
 
 
 class Scalar(nn.Module):
@@ -47,18 +47,18 @@ def go(c, steps, lr, options, sgd=None, a=None, dtype=torch.float64):
 @pytest.mark.parametrize("overlap", [False, True], ids=["late", "overlap"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("options, lr, expected", [
-    (dict(beta=0.5), 0.5, [2.5, 3.625, 3.71875]),
-    (dict(beta=0.5, alpha=0.5), 0.5, [1.75, 2.59375, 3.16796875]),
-    (dict(beta=0.0), 0.5, [2.5, 2.875, 2.96875]),
-    (dict(beta=0.5), lambda step: 0.5 if step < 2 else 0.25, [2.5, 3.09375, 3.349609375]),
-    (dict(beta=0.5), lambda step: 0.5 if step < 1 else 0.25, [2.25, 3.203125, 3.5908203125]),
+    ({"beta": 0.5}, 0.5, [2.5, 3.625, 3.71875]),
+    ({"beta": 0.5, "alpha": 0.5}, 0.5, [1.75, 2.59375, 3.16796875]),
+    ({"beta": 0.0}, 0.5, [2.5, 2.875, 2.96875]),
+    ({"beta": 0.5}, lambda step: 0.5 if step < 2 else 0.25, [2.5, 3.09375, 3.349609375]),
+    ({"beta": 0.5}, lambda step: 0.5 if step < 1 else 0.25, [2.25, 3.203125, 3.5908203125]),
 ], ids=["alpha 1", "alpha 1/2", "beta 0", "rate falls after a round", "rate falls inside a round"])  # fmt: skip
 def test_local_sgd_with_slow_momentum(options, lr, expected, dtype, overlap):
     out = go(C, 6, lr, dict(base="local_sgd", tau=2, overlap=overlap, **options), dtype=dtype)
     for worker in out:
         assert [x for x, _ in worker[1::2]] == expected
     assert out[0][0] != out[1][0]
-    if options == dict(beta=0.5) and lr == 0.5:
+    if options == {"beta": 0.5} and lr == 0.5:
         assert [u for _, u in out[0][1::2]] == [-3, -2.25, -0.1875]
 
 
@@ -68,16 +68,16 @@ def test_local_sgd_with_slow_momentum(options, lr, expected, dtype, overlap):
     ("average", [1.953125, 2.6661376953125, 2.5846452713012695]),
 ])  # fmt: skip
 def test_what_happens_to_buffers(buffers, expected):
-    for worker in go(C, 6, 0.5, dict(base="local_sgd", tau=2, beta=0.5, buffers=buffers), NESTEROV, a=(1.0, 0.5)):
+    for worker in go(C, 6, 0.5, {"base": "local_sgd", "tau": 2, "beta": 0.5, "buffers": buffers}, NESTEROV, a=(1.0, 0.5)):
         assert [x for x, _ in worker[1::2]] == expected
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["late", "overlap"])
 @pytest.mark.parametrize("base, options, lr, steps, expected", [
-    ("sgp", dict(tau=10**6), 0.5, 4, [1.6875, 2.1875, 1.6875, 2.1875]),
-    ("sgp", dict(tau=3, beta=0.5), 0.5, 6, [2.421875] * 4),
-    ("osgp", dict(tau=10**6), 0.25, 4, [1.171875, 2.7109375, 1.83984375, 1.01171875]),
-    ("osgp", dict(tau=3, beta=0.5), 0.25, 6, [2.111083984375] * 4),
+    ("sgp", {"tau": 10**6}, 0.5, 4, [1.6875, 2.1875, 1.6875, 2.1875]),
+    ("sgp", {"tau": 3, "beta": 0.5}, 0.5, 6, [2.421875] * 4),
+    ("osgp", {"tau": 10**6}, 0.25, 4, [1.171875, 2.7109375, 1.83984375, 1.01171875]),
+    ("osgp", {"tau": 3, "beta": 0.5}, 0.25, 6, [2.111083984375] * 4),
 ])  # fmt: skip
 def test_gossip(base, options, lr, steps, expected, overlap):
     out = go(FOUR, steps, lr, dict(base=base, overlap=overlap, **options))
@@ -90,13 +90,17 @@ def test_large_batch_sgd():
     for _ in range(4):
         x -= 0.5 * (x - 3.0)
         expected.append(x)
-    for options in (dict(base="local_sgd", tau=1, beta=0.0), dict(base="allreduce", tau=10**6), dict(base="allreduce", tau=1, beta=0.0)):
+    for options in (
+        {"base": "local_sgd", "tau": 1, "beta": 0.0},
+        {"base": "allreduce", "tau": 10**6},
+        {"base": "allreduce", "tau": 1, "beta": 0.0},
+    ):
         for worker in go(C, 4, 0.5, options):
             assert [x for x, _ in worker] == expected
 
 
 def test_slow_momentum_at_a_constant_rate_is_torchs_momentum_on_whole_rounds():
-    out = go(C, 12, 0.25, dict(base="local_sgd", tau=3, beta=0.5, alpha=0.5))
+    out = go(C, 12, 0.25, {"base": "local_sgd", "tau": 3, "beta": 0.5, "alpha": 0.5})
     x = torch.ones(1, dtype=torch.float64, requires_grad=True)
     outer = torch.optim.SGD([x], lr=0.5, momentum=0.5)
     for k in range(4):

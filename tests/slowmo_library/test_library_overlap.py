@@ -87,7 +87,7 @@ def train(case, overlap):
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": 0.02},
     ]
     made = OPTIMIZERS[case.optimizer](groups)
-    options = dict(graph=graph(case.graph, workers)) if case.graph else {}
+    options = {"graph": graph(case.graph, workers)} if case.graph else {}
     made = slowmo.SlowMo(model, made, case.base, case.tau, case.alpha, case.beta, case.buffers, case.exact, cluster=cluster(workers),
                          overlap=overlap, bucket_cap_mb=case.bucket_cap_mb, accumulate=case.accumulate, **options)  # fmt: skip
     for step in range(STEPS):

@@ -17,7 +17,7 @@ import slowmo
 
 
 @pytest.mark.parametrize(
-    "options", [dict(base="allreduce"), dict(base="local_sgd", num_workers=1)], ids=["allreduce", "worker of two ranks"]
+    "options", [{"base": "allreduce"}, {"base": "local_sgd", "num_workers": 1}], ids=["allreduce", "worker of two ranks"]
 )
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 def test_clipping_after_averaged_gradients_is_that_of_ddp(options, optimizer):
@@ -76,7 +76,7 @@ def test_gradients_are_averaged_where_only_parts_of_the_model_are_called():
 # --- 2: two backward passes in a step ---
 
 
-@pytest.mark.parametrize("options", [dict(base="allreduce"), dict(base="local_sgd", num_workers=1)], ids=str)
+@pytest.mark.parametrize("options", [{"base": "allreduce"}, {"base": "local_sgd", "num_workers": 1}], ids=str)
 def test_a_second_backward_that_was_not_declared_raises(options):
     def run():
         model, made = wrapped("sgd", tau=5, bucket_cap_mb=1e-4, **options)
@@ -104,7 +104,7 @@ def test_a_second_backward_of_a_step_that_backward_takes_raises(base):
 @pytest.mark.parametrize("base", ["allreduce", "local_sgd"])
 def test_two_rounds_of_forward_and_backward_in_a_step_are_those_of_ddp_or_raise(base):
     def run():
-        options = dict(base=base) if base == "allreduce" else dict(base=base, num_workers=1)
+        options = {"base": base} if base == "allreduce" else {"base": base, "num_workers": 1}
         model, made = wrapped("sgd", tau=10**6, bucket_cap_mb=1e-4, **options)
         inside, outside, reference = ddp("sgd")
         for step in range(3):
@@ -280,8 +280,8 @@ def test_weights_written_on_one_rank_only_raise_there():
 # --- 6 ---
 
 
-@pytest.mark.parametrize("options", [dict(base="allreduce"), dict(base="local_sgd", num_workers=1), dict(base="allreduce", overlap=True),
-                                     dict(base="sgp", overlap=True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{"base": "allreduce"}, {"base": "local_sgd", "num_workers": 1}, {"base": "allreduce", "overlap": True},
+                                     {"base": "sgp", "overlap": True}], ids=str)  # fmt: skip
 def test_a_layer_in_two_reentrant_checkpoints_is_right_or_raises(options):
     def loss(layer, rank, reentrant):
         x = torch.randn(16, 10, generator=torch.Generator().manual_seed(rank), dtype=torch.float64, requires_grad=True)
