@@ -231,8 +231,8 @@ class Handover:
 
     @property
     def half_done(self) -> bool:
-        """Whether a bucket of this step has advanced."""
-        return self.first_waiting > 0
+        """Whether a bucket of this step has advanced, or may have: all ranks must see the same."""
+        return self.first_waiting > 0 or self.overlap and self.first_unsent > 0
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, during_backward: bool = True) -> None:

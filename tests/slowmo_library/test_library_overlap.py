@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 
 import pytest
 import torch
@@ -70,9 +71,13 @@ def graph(name, m):
 
 
 @functools.cache
-def cluster(num_workers):
-    """One for all cases of a process: each makes groups of its own, which cost sockets."""
+def _cluster(num_workers, process):
     return Cluster(num_workers)
+
+
+def cluster(num_workers):
+    """One for all cases of a process: each makes groups of its own, which cost sockets. A forked process must not take its parent's."""
+    return _cluster(num_workers, os.getpid())
 
 
 def train(case, overlap):
