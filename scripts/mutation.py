@@ -1,4 +1,4 @@
-"""Break each statement of outer.py and base.py in turn; a test must notice.
+"""Break each statement of the engine (outer.py, base.py, buckets.py, inner.py) in turn; a test must notice.
 
     python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--start 1] [--all]
 
@@ -18,10 +18,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("outer.py", "base.py")
+FILES = ("outer.py", "base.py", "buckets.py", "inner.py")
 STATEMENTS = ("removed", "returns None", "condition negated")
 # pytest imports all files of a call before it runs one: those that import little come first, on their own
-SUITES = (["test_golden.py", "test_lean.py", "test_base.py", "test_outer.py"], ["test_replicas.py", "test_plan.py", "test_foldings.py"])
+SUITES = (
+    ["test_golden.py", "test_outer.py", "test_base.py", "test_inner.py"],
+    ["test_buckets.py", "test_overlap.py", "test_replicas.py", "test_state.py", "test_layouts.py"],
+    ["slowmo_library/test_library_silent.py", "slowmo_library/test_library_features.py", "slowmo_library/test_library_overlap.py"],
+)
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
@@ -93,7 +97,7 @@ def _test(folder, suite):
     os.dup2(sys.stdout.fileno(), 2)
     import pytest
 
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in suite)])
+    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/{name}" for name in suite)])
     os._exit(int(code))
 
 
