@@ -2,26 +2,35 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help run test clean
+.PHONY: help run test lint clean
 
 help:
-	@echo 'make run    set up, then the quickstart: SGP, SlowMo over SGP, and the two compared'
-	@echo 'make test   set up, then the tests'
+	@echo 'make run    set up, then the quickstart: Local SGD without and with SlowMo, and the two compared'
+	@echo 'make test   set up what the tests need besides, then the tests'
+	@echo 'make lint   ruff and codespell'
 	@echo 'make clean  remove .venv and what builds and tests leave; runs/ and data/ stay'
 	@echo
 	@echo 'PYTHON=python3.12 make run   another Python (3.11 or later) than python3; its torch is used if it has one.'
 	@echo 'Wheels come from wherever pip is configured to look (pip config, PIP_INDEX_URL, PIP_FIND_LINKS).'
 
 run: .venv/.installed
-	$(PY) run.py experiment=quickstart_sgp
-	$(PY) run.py experiment=quickstart_slowmo_sgp
-	$(PY) scripts/compare.py runs/quickstart_sgp runs/quickstart_slowmo_sgp
+	$(PY) scripts/quickstart.py
 
-test: .venv/.installed
+test: .venv/.installed-test
 	$(PY) -m pytest
 
+lint: .venv/.installed-test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/codespell
+
+# everything for the tests is more than what a run needs
 .venv/.installed: pyproject.toml constraints.txt
-	PYTHON='$(PYTHON)' scripts/setup.sh
+	@[ .venv/.installed-test -nt pyproject.toml ] && [ .venv/.installed-test -nt constraints.txt ] || PYTHON='$(PYTHON)' scripts/setup.sh run
+	@touch $@
+
+.venv/.installed-test: pyproject.toml constraints.txt
+	PYTHON='$(PYTHON)' scripts/setup.sh test
 	@touch $@
 
 clean:

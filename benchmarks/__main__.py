@@ -1,6 +1,6 @@
-"""Our iterations against limits and peers: one table of ratios, results/benchmarks/cpu.csv.
+"""Our iterations against limits and peers: one table of ratios, results/mine/benchmarks/cpu.csv.
 
-    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv]
+    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv, which is published]
 
 Emulated links want root (scripts/emulated_network.sh); --only loopback, --only process leave them out. All of it takes twenty
 minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
@@ -18,11 +18,11 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import network
-from experiments.runner import folder
+from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.runtime import number
-from results.tables import BENCHMARKS
+from results.tables import MINE
 
 HOSTS, RATE = 4, "400mbit"
 PLACES = {"links": f"{HOSTS} hosts, {RATE}", "loopback": "2 processes, loopback", "process": "one process"}
@@ -74,8 +74,9 @@ def rows() -> list[Row]:
     out.append(alone("32 workers of ResNet-8, width 16, batch 8, 8x8, at once", "the loop over them", aim=0.4, function="together"))
     out.append(alone("one worker, SlowMo, τ = 12, ResNet-18, batch 32", "the plain optimizer", aim=1.01, function="one_worker"))
     for name, base in (("Local SGD", "local_sgd"), ("SGP", "sgp"), ("OSGP", "osgp")):
-        out.append(alone(f"memory at its peak, {name} + SlowMo, m = 32", "rows (1 + gradient + momentum" + (" + inbox" if base == "osgp" else "") + ") + 2 d", aim=1.04,
-                         function="memory", options={"base": base}, rounds=1))  # fmt: skip
+        bound = f"rows (1 + gradient + momentum{' + inbox' if base == 'osgp' else ''}) + 2 d"
+        out.append(alone(f"memory at its peak, {name} + SlowMo, m = 32", bound, aim=1.04, function="memory", options={"base": base},
+                         rounds=1))  # fmt: skip
     return out
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=BENCHMARKS)
+    parser.add_argument("--out", type=Path, default=MINE / "benchmarks/cpu.csv")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the links' rows alone, within their network
     options = parser.parse_args()
     chosen = [row for row in rows() if options.only in f"{row.where}: {row.what} over {row.against}"]
@@ -122,7 +123,7 @@ def note(row: Row, ratios: list[float], out: Path) -> None:
     """Say it and put it into `out`, in the place of what stood there; lines of rows that are no more go."""
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     line = {"what": row.what, "against": row.against, "where": PLACES[row.where], "aim": row.aim, "ratio": round(middle, 4),
-            "low": round(low, 4), "high": round(high, 4), "rounds": len(ratios), "commit": folder.commit(),
+            "low": round(low, 4), "high": round(high, 4), "rounds": len(ratios), "commit": commit(),
             "machine": machine()}  # fmt: skip
     lines = pd.DataFrame([line])
     if out.exists():

@@ -1,4 +1,4 @@
-"""How an algorithm's own cost grows: `python -m benchmarks.growth` writes results/benchmarks/growth.csv, in some minutes; figures draw it.
+"""How an algorithm's own cost grows: `python -m benchmarks.growth` in some minutes, to results/mine/benchmarks/growth.csv; figures draw it.
 
     step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every 12th) against m at d = 1e6, and against d at m = 2
     memory     the process's peak against m at d = 1e6
@@ -20,11 +20,11 @@ import torch
 
 from benchmarks import alone
 from experiments import network
-from experiments.runner import folder
+from experiments.runner.recorder import commit
 from experiments.runtime import machine
 from results.collect import write
 from results.seconds import exponents
-from results.tables import BENCHMARKS
+from results.tables import MINE
 
 WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=BENCHMARKS.with_name("growth.csv"))
+    parser.add_argument("--out", type=Path, default=MINE / "benchmarks/growth.csv")
     options = parser.parse_args()
     lines = [{"what": "start", "m": 8, "d": 0, "value": start()}]
     print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)
@@ -68,7 +68,7 @@ def main() -> None:
         value = network.spawn(lambda: step(m, d) if what == "step" else alone.held("sgp", m, d), 1, "loopback")
         lines.append({"what": what, "m": m, "d": d, "value": value})
         print(f"{what:7} m = {m:3} d = {d:11,}: {f'{1e3 * value:.3f} ms' if what == 'step' else f'{value / 1e6:.0f} MB'}", flush=True)
-    lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())
+    lines = pd.DataFrame(lines).assign(commit=commit(), machine=machine())
     write(options.out, lines.to_csv(index=False))
     print(exponents(lines))
     print(f"wrote {options.out}")

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 import slowmo
-from experiments.runner import plan
+from experiments.runner import build, config
 from slowmo import outer
 
 TAU = 12
@@ -34,8 +34,8 @@ class Step:
     def __init__(self, words: list[str], random: bool, device: str):
         self.device, self.words = torch.device(device), words
         with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
-            self.cfg = cfg = hydra.compose("config", [*words, f"cluster.device={device}"])
-        self.task, m = plan.build(cfg.task), cfg.workers
+            self.cfg = cfg = config.compose([*words, f"cluster.device={device}"]).cfg
+        self.task, m = build.build(cfg.task), cfg.workers
         if random:
             batches = [pictures(self.task, self.device) for _ in range(m)]
         else:
@@ -57,7 +57,7 @@ class Step:
         self.outer.rebase()
 
     def optimizer(self, parameters, fused: bool):
-        return plan.build(OmegaConf.merge(self.cfg.optimizer, {"fused": fused}), list(parameters))
+        return build.build(OmegaConf.merge(self.cfg.optimizer, {"fused": fused}), list(parameters))
 
     def loops(self, fused: bool) -> None:
         for model, step, pieces in zip(self.plain, self.optimizers[fused], self.own):
@@ -141,7 +141,7 @@ def main() -> None:
     show("folded iteration over one plain model with the same total batch", ratios("folded", "one plain model"))
     counted = isinstance(it.batches[0][0], torch.Tensor)
     total = sum(len(batch[1]) if counted else int(batch[0]["ntokens"]) for batch in it.batches)
-    steps = plan.steps(it.cfg, it.task)
+    steps = build.steps(it.cfg, it.task)
     for name in ("folded", "one plain model"):
         pace = statistics.median(times[name])
         unit = "pictures" if counted else "target tokens"

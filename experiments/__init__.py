@@ -8,6 +8,7 @@
     evaluate(model, part) -> dict                 sums over the part's share of the validation set, and
                                                   their `count`
     steps_per_epoch                               inner steps in a pass over the training set
+    there() -> bool, found() -> str               whether a plan rests on the data themselves; where they are, or what is not there
 """
 
 
@@ -22,6 +23,12 @@ class Task:
     fingerprint = None
     pieces = 1
     loss_scale = 1.0
+
+    def there(self) -> bool:
+        return True
+
+    def found(self) -> str:
+        return ""
 
     def finish(self, models: list, cluster) -> dict:
         """What result.json says besides, found after the last step by all processes. models: files of the last averaged models."""

@@ -1,13 +1,13 @@
 """CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
 
-import fcntl
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from experiments import Task
+from experiments import Task, files
 from experiments.torchvision_cpu import torchvision
 
 
@@ -24,7 +24,7 @@ class Cifar10(Task):
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
                  width: int, stride: int = 1, channels_last: bool = True):  # fmt: skip
         if data.name not in ("photos", "cifar10"):
-            raise ValueError(f"data.name={data.name}: choose data=photos or data=cifar10")
+            raise ValueError(f"task=cifar10 does not read data={data.name}: choose data=photos or data=cifar10")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.workers, self.seed, self.batch = workers, seed, batch_size // workers
@@ -69,6 +69,14 @@ class Cifar10(Task):
             correct += float((output.argmax(1) == labels).sum())
             count += len(labels)
         return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * correct}
+
+    def found(self) -> str:
+        if self.data.name == "photos":
+            missing = [package for package in ("skimage", "sklearn") if importlib.util.find_spec(package) is None]
+            where = f"the photographs inside the package{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+            return f"not there: {where}" if missing else "photographs inside scikit-image and scikit-learn"
+        folder = Path(self.data.root) / "cifar-10-batches-py"
+        return str(folder) if folder.is_dir() else f"not there: {folder}" + ", it will be downloaded" * self.data.download
 
     def _draw(self, epoch: int, worker: int) -> torch.Tensor:
         """A worker's epoch: [4, pictures] of index, top, left, flip."""
@@ -142,8 +150,7 @@ def _load(data) -> dict[str, np.ndarray]:
         return photos.load(data.root, data.train, data.validation)
     if data.download:  # by one process of this machine; the others find it there
         Path(data.root).mkdir(parents=True, exist_ok=True)
-        with open(Path(data.root) / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.lock(Path(data.root) / ".download.lock"):
             try:
                 torchvision.datasets.CIFAR10(data.root, download=True)
             except (RuntimeError, OSError) as error:

@@ -2,8 +2,8 @@
 
 import atexit
 import contextlib
-import fcntl
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.cifar10 import ResNet
+from experiments.files import aside
+from experiments.files import lock as file_lock
 from experiments.precision import HalfPrecision
 from experiments.torchvision_cpu import torchvision
 
@@ -43,7 +45,7 @@ class ImageNet(HalfPrecision):
                  width: int, size: int, resize: int, scale: float, flip: bool, loaders: int, autocast: str | None, loss_scale: float,
                  channels_last: bool = True):  # fmt: skip
         if data.name not in ("imagenet", "scripts"):
-            raise ValueError(f"data.name={data.name}: choose data=imagenet or data=scripts")
+            raise ValueError(f"task=imagenet does not read data={data.name}: choose data=imagenet or data=scripts")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.compute_in(autocast, loss_scale)
@@ -54,13 +56,13 @@ class ImageNet(HalfPrecision):
         self.workers, self.seed, self.batch, self.data = workers, seed, batch_size // workers, data
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.name, self.layers, self.width = model, layers and list(layers), width
-        self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, os.cpu_count() or 1)
+        self.size, self.resize, self.scale, self.flip, self.loaders = size, resize, scale, flip, min(loaders, len(os.sched_getaffinity(0)))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.steps_per_epoch = data.train // batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"{data.train} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
         self._sets, self._order, self._unreadable = None, (None, None), {}
-        self._next = self._ahead = None
+        self._next = self._ahead = self._normal = None
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(self.seed % 2**63)
@@ -114,6 +116,16 @@ class ImageNet(HalfPrecision):
         nll, first, among = sums.tolist()
         return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * first, "top5": 100 * among}
 
+    def found(self) -> str:
+        root = Path(self.data.root)
+        if self.data.name == "scripts":
+            for about in sorted(root.glob("scripts-*/about.json")):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    if json.loads(about.read_text())["pictures"] == {"train": self.data.train, "val": self.data.validation}:
+                        return str(about.parent)
+            return f"not there: drawn under {root} from Debian's fonts when the run begins"
+        return str(root) if all((root / part).is_dir() for part in ("train", "val")) else f"not there: {root}/train and {root}/val"
+
     def _stop(self) -> None:
         self._ahead = None
 
@@ -150,8 +162,10 @@ class ImageNet(HalfPrecision):
                 f"put whole files there, or allow for more than data.unreadable={self.data.unreadable}"
             )
         pictures = pictures.to(self.device, non_blocking=True).to(self.dtype)
-        scale = torch.tensor([1 / (255 * std) for std in STD], dtype=self.dtype, device=self.device).view(3, 1, 1)
-        shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD)], dtype=self.dtype, device=self.device).view(3, 1, 1)
+        if self._normal is None:  # once: each copy from the host makes it wait for the GPU
+            both = [[-mean / std, 1 / (255 * std)] for mean, std in zip(MEAN, STD)]
+            self._normal = torch.tensor(both, dtype=torch.float64).to(self.device, self.dtype).T.reshape(2, 3, 1, 1)
+        shift, scale = self._normal
         normal = torch.addcmul(shift, pictures, scale).contiguous(memory_format=self.memory_format)
         return normal, labels.to(self.device, non_blocking=True)
 
@@ -234,8 +248,7 @@ def files(root: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     root = root.resolve()
     path = cache / f"files-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}.npz"
     cache.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:  # the processes of a machine take turns: one walks, the others read
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(path.with_suffix(".lock")):  # the processes of a machine take turns: one walks, the others read
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(path, allow_pickle=False) as saved:
                 found = {name: saved[name] for name in ("names", "labels", "classes", "folders", "changed")}
@@ -249,11 +262,9 @@ def files(root: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         folders = np.array([b".", *sorted({os.path.dirname(name) for name in names.tolist()} | {os.fsencode(name) for name in classes})])
         changed = _changed(root, folders)
         if changed[0] == before:  # nobody was at it meanwhile
-            aside = path.with_suffix(f".{os.getpid()}.partial")
-            with open(aside, "wb") as file:
+            with aside(path) as name, open(name, "xb") as file:
                 np.savez(file, names=names, labels=labels, classes=np.array([os.fsencode(name) for name in classes]), folders=folders,
                          changed=np.array(changed))  # fmt: skip
-            os.replace(aside, path)
         return names, labels, classes
 
 

@@ -14,7 +14,6 @@ and flatter BLEU: report the loss first.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import html.parser
 import importlib.metadata
@@ -24,7 +23,6 @@ import json
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -33,6 +31,8 @@ import unicodedata
 import urllib.parse
 from collections import Counter
 from pathlib import Path
+
+from experiments import files
 
 RECIPE = 1  # raise it with any change below that changes a byte of the result
 PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de", "libreoffice-l10n-de")
@@ -73,21 +73,18 @@ def make(root, vocabulary: int = 4000, packages: str | None = None, seed: int = 
         raise FileNotFoundError(f"the LibreOffice pairs need {', '.join(missing)}; {REMEDY}")
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "libreoffice.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system, also where this process is killed
+    with files.lock(root / "libreoffice.lock"):
         folder = Path(packages) if packages else _fetch(root / "libreoffice-packages")
         sources = _sources(folder)
         versions = {name: importlib.metadata.version(name) for name in ("sacremoses", "subword-nmt")}
         key = [RECIPE, vocabulary, seed, versions, [about["sha256"] for about in sources.values()]]
         final = root / f"libreoffice-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
         if not final.exists():
-            for left in root.glob(f"{final.name}.*.tmp"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(left)
-            with tempfile.TemporaryDirectory(prefix=f"{final.name}.", suffix=".tmp", dir=root) as aside:
+            files.sweep(root, final.name)
+            with files.aside(final) as made, tempfile.TemporaryDirectory() as scratch:
                 about = {"recipe": RECIPE, "vocabulary": vocabulary, "seed": seed, "packages": sources,
                          "versions": {**versions, "fairseq-fixed": _version("fairseq-fixed")}}
-                _make(Path(aside, "made"), Path(aside), folder, about)
-                os.replace(Path(aside, "made"), final)
+                _make(made, Path(scratch), folder, about)
             _say(f"made {final}")
     return final / "data-bin"
 
@@ -290,9 +287,14 @@ def _fetch(folder):
     """Return `folder`, with the three packages in it, downloaded on the first call."""
     if folder.is_dir():
         return folder
-    aside = folder.with_name(folder.name + ".tmp")  # one process at a time: the caller holds the lock
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    files.sweep(folder.parent, folder.name)  # one process at a time: the caller holds the lock
+    with files.aside(folder) as aside:
+        aside.mkdir()
+        _download(aside)
+    return folder
+
+
+def _download(aside):
     command = ["apt-get", "-q", "-o", "Acquire::http::Timeout=30", "-o", "Acquire::Retries=1"]
     try:
         _say("fetching three packages, 6 MB, by apt-get download")
@@ -305,10 +307,7 @@ def _fetch(folder):
     except OSError as error:
         problem = f"apt-get, Debian's and Ubuntu's, did not start: {error}"
     if problem:
-        shutil.rmtree(aside)
         raise FileNotFoundError(f"the LibreOffice packages are not here, and {problem}\n{BY_HAND}")
-    os.replace(aside, folder)
-    return folder
 
 
 def _sources(folder):

@@ -24,11 +24,11 @@ validation accuracies of 0.55, 0.65, 0.65, 0.71, 0.73, 0.79, 0.81 and 0.81 in ei
 import hashlib
 import importlib.util
 import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
+
+from experiments import files
 
 CLASSES = ("china", "flower", "chelsea", "coffee", "astronaut", "ihc", "grass", "gravel", "camera",
            "brick")
@@ -78,14 +78,8 @@ def load(root, train=20_000, validation=3_000, seed=0):
         data[f"{split}_images"] = _patches(generator, pictures, labels, tops, lefts)
         data[f"{split}_labels"] = labels
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The host's name too: on a shared file system two hosts may use the same process id.
-    aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            np.savez(file, **data)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with files.aside(path) as aside, open(aside, "xb") as file:
+        np.savez(file, **data)
     return data
 
 

@@ -26,6 +26,7 @@ class Quadratic(Task):
             raise ValueError(f"task: dimension={dimension} >= 1, noise={noise} >= 0 and a finite spread={spread} are needed")
         self.seed, self.noise, self.fingerprint = seed, noise, None
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
+        self.origin = problem or "drawn from the seed"
         if problem is None:
             rng = np.random.default_rng([seed, 0])
             factors = rng.standard_normal((workers, dimension, dimension))
@@ -55,6 +56,9 @@ class Quadratic(Task):
         if not all(t.dtype.kind in "fiu" and np.isfinite(t).all() for t in (A, b, x0)):
             raise ValueError(f"{path}: A, b and x0 must be finite real numbers")
         return A, b, x0
+
+    def found(self) -> str:
+        return self.origin
 
     def model(self) -> torch.nn.Module:
         model = torch.nn.Module()

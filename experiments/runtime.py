@@ -1,4 +1,4 @@
-"""Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; results/runtime.csv takes the lines.
+"""Table 2 over real sockets: `python -m experiments.runtime [runtime=wmt16] [runtime.hosts=8 ...]`; to results/mine/runtime.csv.
 
 Every row is an experiment's own base and outer (`slowmo_sgp,outer.tau=12`: with another τ) over rows of the emulated size, one worker a
 process, over gloo. What a step computes is the experiment's model, or a wait as long: then forward takes a third of it, and backward
@@ -19,11 +19,12 @@ import hydra
 import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import slowmo
 from experiments import network
-from experiments.runner import folder, plan
+from experiments.runner import build
+from experiments.runner.recorder import commit
 from results import runtime, seconds
 from results.collect import write
 
@@ -81,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         lines = network.spawn(
             lambda: measure(cfg.runtime, experiments), cfg.runtime.hosts * cfg.runtime.node, cfg.runtime.network, cfg.runtime.node
         )
-        lines = pd.DataFrame(lines).assign(commit=folder.commit(), machine=machine())[seconds.MEASURED]
+        lines = pd.DataFrame(lines).assign(commit=commit(), machine=machine())[seconds.MEASURED]
         keep = before[~before[seconds.NETWORK].eq(lines[seconds.NETWORK].iloc[0]).all(axis=1)]
         write(out, pd.concat([part for part in (keep, lines) if len(part)], ignore_index=True).to_csv(index=False))
         print(seconds.beside(lines))
@@ -136,8 +137,8 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     torch.set_num_threads(1)
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
     first = next(iter(experiments.values()))
-    rows = {"compute": build(given, first, cluster, alone=True)}
-    rows |= {row: build(given, cfg, cluster, overlap="_after" not in row) for row, cfg in experiments.items()}
+    rows = {"compute": prepared(given, first, cluster, alone=True)}
+    rows |= {row: prepared(given, cfg, cluster, overlap="_after" not in row) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
@@ -159,27 +160,27 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     ]
 
 
-def build(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False, overlap: bool = True):
+def prepared(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False, overlap: bool = True):
     """(algorithm, what a step computes) of an experiment; alone: its model and optimizer, and nothing is sent between hosts."""
+    cfg = OmegaConf.merge(cfg, {"cluster": {"overlap": overlap}})
     if given.compute == "task":
-        task = plan.build(cfg.task)
-        model = task.model()
+        task = build.build(cfg.task)
+        model, scale = task.model(), task.loss_scale
         batches = list(task.batches(0, cluster.local_workers, (cluster.worker_rank, cluster.worker_size)))
-        optimizer = plan.build(cfg.optimizer, model.parameters())
-        replicas = slowmo.Replicas(model, cluster, optimizer.param_groups, accumulate=len(batches), loss_scale=task.loss_scale)
 
         def compute():
             for batch in batches:
-                (task.loss(model, batch) * task.loss_scale).backward()
+                (task.loss(model, batch) * scale).backward()
     else:
-        model = Waiting(round(runtime.TASKS[given.data].parameters / given.scale), given.compute)
-        cap = runtime.emulated_bucket(given.data, runtime.TASKS[given.data].size / given.scale) / 2**20
-        optimizer = plan.build(cfg.optimizer, model.parameters())
-        replicas, compute = slowmo.Replicas(model, cluster, optimizer.param_groups, bucket_cap_mb=cap), lambda: model().backward()
+        model, scale, batches = Waiting(round(runtime.TASKS[given.data].parameters / given.scale), given.compute), 1.0, [None]
+        cfg.cluster.bucket_cap_mb = runtime.emulated_bucket(given.data, runtime.TASKS[given.data].size / given.scale) / 2**20
+
+        def compute():
+            model().backward()
+
     if alone:
-        return slowmo.LocalSGD(replicas, optimizer), compute
-    algorithm = plan.build(cfg.base, replicas, optimizer, overlap=overlap)
-    return (plan.build(cfg.outer, algorithm) if cfg.outer.get("_target_") else algorithm), compute
+        cfg.base, cfg.outer = {"_target_": "slowmo.base.LocalSGD", "_partial_": True}, {"_target_": None}
+    return build.algorithm(cfg, model, cluster, len(batches), scale)[1], compute
 
 
 def timed(algorithm, compute, cluster, warmup: int, iterations: int, early: bool = True) -> float:

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.util
+import json
 import logging
 import math
 import time
@@ -15,7 +17,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from experiments.precision import HalfPrecision
-from experiments.runner.folder import load_model
+from experiments.runner.run_dir import load_model
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
 # fairseq gives torch's attention a mask of truth values and one of numbers
@@ -42,9 +44,16 @@ if importlib.util.find_spec("fairseq") is None:
 with _undisturbed():
     from fairseq import utils
     from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+    from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY
     from fairseq.models.transformer import TransformerModel
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+# entries of the joint dictionary, and tokens of a pass over the training set, padding included. WMT16: fairseq's scaling_nmt recipe
+# (--nwordssrc 32768), and the paper's 25 epochs in about 17,000 steps of 64 x 3584 tokens; LibreOffice: 7.4's packages with 4000 merges
+SIZES = {"wmt16": (32_768, 680 * 64 * 3584), "libreoffice": (4_232, 1877 * 512)}
+REMEDY = ("make it from Google's archive with scripts/prepare_wmt16.sh (its head says where that is) and give its data-bin with "
+          "data.root=FOLDER")  # fmt: skip
 
 
 class WMT16(HalfPrecision):
@@ -68,7 +77,7 @@ class WMT16(HalfPrecision):
                  dim: int | None, ffn: int | None, heads: int | None, dropout: float, label_smoothing: float, autocast: str | None,
                  loss_scale: float, bleu):  # fmt: skip
         if data.name not in ("wmt16", "libreoffice"):
-            raise ValueError(f"data.name={data.name}: choose data=wmt16 or data=libreoffice")
+            raise ValueError(f"task=wmt16 does not read data={data.name}: choose data=wmt16 or data=libreoffice")
         if arch not in ARCH_CONFIG_REGISTRY or not arch.startswith("transformer"):
             raise ValueError(f"task.arch={arch}: fairseq has no such transformer; transformer_wmt_en_de_big is the paper's")
         if max_tokens < 1 or pieces < 1 or not 0 <= dropout < 1 or not 0 <= label_smoothing < 1:
@@ -86,30 +95,66 @@ class WMT16(HalfPrecision):
         self.architecture = argparse.Namespace(arch=arch, share_all_embeddings=True, dropout=dropout, max_source_positions=1024,
                                                max_target_positions=1024, **sizes)  # fmt: skip
         ARCH_CONFIG_REGISTRY[arch](self.architecture)  # fills in what is not given
-        self.root = self._root()
+        self.label_smoothing, self._order = label_smoothing, (None, None)
+        if self.there():
+            _ = self.steps_per_epoch  # too few are found now
+
+    @functools.cached_property
+    def fairseq(self) -> TranslationTask:
+        """The texts, loaded when first asked for: a plan does not need them."""
         config = TranslationConfig(data=str(self.root), source_lang="en", target_lang="de", train_subset="train", dataset_impl=None,
                                    required_seq_len_multiple=1)  # fmt: skip
-        self.fairseq = TranslationTask.setup_task(config)
-        self.criterion = LabelSmoothedCrossEntropyCriterion(self.fairseq, sentence_avg=False, label_smoothing=label_smoothing)
+        task = TranslationTask.setup_task(config)
         for split in ("train", "valid"):
-            self.fairseq.load_dataset(split)
-        train = self.fairseq.dataset("train")
-        longest = min(1024, max_tokens)
-        self._batches = self.fairseq.get_batch_iterator(
-            train, max_tokens=max_tokens, max_positions=(longest, longest), ignore_invalid_inputs=True, required_batch_size_multiple=8,
-            seed=seed, disable_iterator_cache=True,
+            task.load_dataset(split)
+        return task
+
+    @functools.cached_property
+    def criterion(self) -> LabelSmoothedCrossEntropyCriterion:
+        return LabelSmoothedCrossEntropyCriterion(self.fairseq, sentence_avg=False, label_smoothing=self.label_smoothing)
+
+    @functools.cached_property
+    def _batches(self) -> list:
+        longest = min(1024, self.max_tokens)
+        return self.fairseq.get_batch_iterator(
+            self.fairseq.dataset("train"), max_tokens=self.max_tokens, max_positions=(longest, longest), ignore_invalid_inputs=True,
+            required_batch_size_multiple=8, seed=self.seed, disable_iterator_cache=True,
         ).frozen_batches  # fmt: skip
-        self.steps_per_epoch = len(self._batches) // (workers * pieces)
-        if not self.steps_per_epoch:
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of data that are not there yet, as many as their published size gives."""
+        if self.there():
+            batches = len(self._batches)
+        else:
+            batches = SIZES[self.data.name][1] // self.max_tokens
+        steps = batches // (self.workers * self.pieces)
+        if not steps:
             raise ValueError(
-                f"{len(self._batches)} batches of task.max_tokens={max_tokens} do not fill one step of {workers} workers with {pieces} "
-                "each: lower task.max_tokens or task.pieces"
+                f"{batches} batches of task.max_tokens={self.max_tokens} do not fill one step of {self.workers} workers with "
+                f"{self.pieces} each: lower task.max_tokens or task.pieces"
             )
-        self._order = (None, None)
+        return steps
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(self.seed % 2**63)
-        return TransformerModel.build_model(self.architecture, self.fairseq).to(self.device, self.dtype)
+        texts = self.fairseq if self.there() else _Published(SIZES[self.data.name][0])
+        return TransformerModel.build_model(self.architecture, texts).to(self.device, self.dtype)
+
+    def there(self) -> bool:
+        """Whether the data are on this machine; LibreOffice's are made when a run begins."""
+        if "root" in self.__dict__:
+            return True
+        if self.data.name == "wmt16":
+            return _binarised(Path(self.data.root))
+        return _made(self.data) is not None
+
+    def found(self) -> str:
+        if self.data.name == "wmt16":
+            where = self.data.root
+            return where if self.there() else f"not there: no binarised WMT16 under {where}; its published sizes stand in, {REMEDY}"
+        where = f"made under {self.data.root} from Debian's packages (6 MB) when the run begins; the sizes of version 7.4 stand in"
+        return str(_made(self.data) or f"not there: {where}")
 
     def batches(self, step: int, workers, part: tuple[int, int]):
         lane, processes = part
@@ -176,7 +221,7 @@ class WMT16(HalfPrecision):
         detokenizer = MosesDetokenizer(lang="de")
         generator = self.fairseq.build_generator([model], argparse.Namespace(beam=self.bleu.beam, lenpen=self.bleu.lenpen))
         out, told = {}, time.monotonic()
-        for batch, sample in self._sentences(subset, part, None):
+        for batch, sample in self._sentences(subset, part):
             hypotheses = self.fairseq.inference_step(generator, [model], sample)
             for k, best in zip(sample["id"].tolist(), hypotheses, strict=True):
                 words = self.fairseq.target_dictionary.string(best[0]["tokens"], "subword_nmt")
@@ -223,15 +268,35 @@ class WMT16(HalfPrecision):
         sample = dataset.collater([dataset[k] for k in places])
         return utils.apply_to_sample(lambda t: t.to(self.device, non_blocking=True), sample)
 
-    def _root(self) -> Path:
+    @functools.cached_property
+    def root(self) -> Path:
         if self.data.name == "libreoffice":
             from experiments import libreoffice
 
             return libreoffice.make(self.data.root, self.data.vocabulary, self.data.packages)
         root = Path(self.data.root)
-        if not all((root / f"dict.{language}.txt").is_file() for language in ("en", "de")):
-            raise FileNotFoundError(
-                f"no binarised WMT16 under {root}: make it from Google's archive with scripts/prepare_wmt16.sh (its head says where that "
-                "is) and give its data-bin with data.root=FOLDER; data=libreoffice needs none"
-            )
+        if not _binarised(root):
+            raise FileNotFoundError(f"no binarised WMT16 under {root}: {REMEDY}; data=libreoffice needs none")
         return root
+
+
+class _Published:
+    """In place of texts that are not there: a vocabulary of the right size, for a network of the right size."""
+
+    def __init__(self, words: int):
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for k in range(words - len(self.source_dictionary)):
+            self.source_dictionary.add_symbol(f"word {k}")
+
+
+def _binarised(root: Path) -> bool:
+    return all((root / f"dict.{language}.txt").is_file() for language in ("en", "de"))
+
+
+def _made(data) -> Path | None:
+    """The folder of LibreOffice's texts of this vocabulary, of whichever packages; None where they have not been made."""
+    for path in sorted(Path(data.root).glob("libreoffice-*/about.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads(path.read_text())["vocabulary"] == data.vocabulary:
+                return path.parent / "data-bin"
+    return None

@@ -21,7 +21,6 @@ the set takes 26 s on one thread; it has 55 MB in 22,641 files (90 MB in blocks 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -36,6 +35,8 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+
+from experiments import files
 
 # A class's name is how Unicode's names of its letters begin.
 CLASSES = tuple("""anatolian_hieroglyph arabic armenian avestan balinese bamum batak bengali bhaiksuki
@@ -110,7 +111,8 @@ def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None =
     if not path.exists():
         with _lock(root):
             if not path.exists():
-                with _aside(path) as aside:
+                with files.aside(path) as aside:
+                    aside.mkdir()
                     _write(aside, paths, about)
     return path
 
@@ -300,7 +302,8 @@ def _fetch(folder):
         if missing := _missing(paths):
             raise FileNotFoundError(f"the package {PACKAGE} has no {missing}: {REMEDY}")
         shutil.rmtree(folder, ignore_errors=True)  # there are too few in it
-        with _aside(folder) as aside:
+        with files.aside(folder) as aside:
+            aside.mkdir()
             for path in set(paths.values()):
                 shutil.copyfile(path, aside / path.name)
 
@@ -337,27 +340,6 @@ def _run(command, folder):
 @contextlib.contextmanager
 def _lock(root):
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "scripts.lock", "a") as file:
-        # Some shared file systems know no locks. Then each makes its own and the first is kept.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a kill
-            for left in root.glob(f"scripts-*.{platform.node()}.*.tmp"):  # by a killed process
-                shutil.rmtree(left, ignore_errors=True)
+    with files.lock(root / "scripts.lock"):
+        files.sweep(root, "scripts-*", platform.node())  # other hosts may be at it where locks do not reach them
         yield
-
-
-@contextlib.contextmanager
-def _aside(path):
-    """Give an empty folder beside `path` that becomes `path` at the end, or goes if that fails."""
-    # The host's name too: on a shared file system two hosts may use the same process id.
-    aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        yield aside
-        try:
-            os.rename(aside, path)  # fails where there is a folder with something in it
-        except OSError:
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,8 @@
-"""python -m results collect | tables | figures | runtime | claims | report | readme | all"""
+"""python -m results collect | tables | figures | runtime | claims | report | readme | all
+
+What your runs give goes to results/mine/, which git ignores, and stands beside what is published: yours, ours, the paper's. With
+--publish it becomes what is published: results/runs.csv and all that is made from it.
+"""
 
 import argparse
 import sys
@@ -10,30 +14,39 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m results", description="What the runs gave, beside the paper.")
+    parser = argparse.ArgumentParser(
+        prog="python -m results", description=__doc__.partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
-        "collect": "run folders -> results/runs.csv, a line a run, and curves.csv",
-        "tables": "the paper's tables and ours: results/tables.md, .tex, .csv",
-        "figures": "the paper's figures from our runs: results/figures/*.pdf, *.png",
-        "runtime": "Table 2 and runtime.csv beside a model, and what other clusters would take: results/runtime.md",
-        "claims": "the paper's claims and our verdicts: results/claims.csv; computes those that need no runs, a minute",
-        "report": "all of it in one page for a browser: results/report.html",
-        "readme": "the README's blocks",
+        "collect": "run folders -> runs.csv, a line a run, and curves.csv",
+        "tables": "the paper's tables, yours and ours: tables.md, .tex, .csv",
+        "figures": "the paper's figures from these runs: figures/*.pdf, *.png",
+        "runtime": "Table 2 and runtime.csv beside a model, and what other clusters would take: runtime.md",
+        "claims": "the paper's claims and the verdicts on these runs: claims.csv; computes those that need no runs, a minute",
+        "report": "all of it in one page for a browser: report.html",
+        "readme": "the README's blocks, of the published runs (--publish)",
         "all": "collect where there is a folder of runs, then the others; claims are computed only where they are not yet",
     }
     for name, text in about.items():
         one = commands.add_parser(name, help=text)
-        one.add_argument("--out", type=Path, default=tables.HERE / "runs.csv", help="the list of runs; what is made lies beside it")
+        where = one.add_mutually_exclusive_group()
+        where.add_argument(
+            "--publish", action="store_true", help="read and write what is committed: results/runs.csv and what lies beside it"
+        )
+        where.add_argument("--out", type=Path, help="another list of runs than results/mine/runs.csv; what is made lies beside it")
         if name == "runtime":
             one.add_argument("--nodes", type=_numbers(int), help="of other clusters, printed and drawn in clusters/, like 8,16,32")
             one.add_argument("--rate", type=_numbers(float), help="rates of their links in Gbit/s, like 10,25")
         if name in ("collect", "all"):
             one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
     options = parser.parse_args()
-    wanted, out = list(about)[:-1] if options.command == "all" else [options.command], options.out
-    if options.command == "all" and not options.runs.is_dir():
-        wanted.remove("collect")
+    if options.command == "readme" and not options.publish:
+        parser.error("the README shows published runs alone: add --publish")
+    out = options.out or (tables.HERE if options.publish else tables.MINE) / "runs.csv"
+    wanted = list(about)[:-1] if options.command == "all" else [options.command]
+    if options.command == "all":
+        wanted = [name for name in wanted if (name != "collect" or options.runs.is_dir()) and (name != "readme" or options.publish)]
     try:
         for name in wanted:
             if name == "collect":
@@ -53,8 +66,10 @@ def main() -> None:
                     figures.growth(grown, out.parent / "figures")
             elif name == "claims":
                 claims.main(out, out.parent, again=options.command == "claims")
+            elif name == "figures":
+                figures.main(out, out.parent)
             else:
-                {"tables": tables, "figures": figures, "report": report}[name].main(out, out.parent)
+                {"tables": tables, "report": report}[name].main(out, out.parent, tables.beside(out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,7 +1,7 @@
-"""Run folders -> results/runs.csv, a line a run, and curves.csv beside it, a line an evaluation of the runs that ended.
+"""Run folders -> runs.csv, a line a run, and curves.csv beside it, a line an evaluation of the runs that ended.
 
 Strict: a folder whose files are damaged or do not agree is named and left out; NaN is a run that diverged, never a number. Lines of runs
-that are no longer on this disk stay: the file is committed, and runs come from many machines.
+that are no longer on this disk stay: what is published is committed, and runs come from many machines.
 """
 
 import fcntl
@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from omegaconf import OmegaConf
 
 METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
 KEY = ["run", "seed", "commit"]
-CURVES = ["run", "seed", "commit", "step", "epoch", "seconds", "train_loss", "spread",
-          *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_min", "_max"))]  # fmt: skip
+FILES = ("config.yaml", "metrics.jsonl", "result.json")  # any of them makes a folder a run's
+CURVES = ["run", "seed", "commit", "step", "epoch", "seconds", "train_loss", "consensus_distance",
+          *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_worker_min", "_worker_max"))]  # fmt: skip
 COLUMNS = [
     "run", "seed", "experiment", "status", "step", "data", "workers", "processes", "device", "threads", "seconds_per_iteration", "clock",
     *(f"{name}_{when}" for name in METRICS for when in ("best", "last")), "bleu_valid", "bleu_test", "bleu_signature", "commit", "torch",
@@ -31,7 +33,8 @@ def main(runs: Path, out: Path) -> None:
     """
     if not runs.is_dir():
         raise FileNotFoundError(f"no folder {runs}: name the folder of all runs with --runs, or run something first")
-    folders = sorted(path.parent for path in runs.rglob("config.yaml"))
+    found = (path for name in FILES for path in runs.rglob(name))
+    folders = sorted({path.parent for path in found if not any(part.startswith(".old-") for part in path.parts)})
     if not folders and not refused(runs):
         raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {out} stays as it is")
     found, complaints = {}, []
@@ -40,8 +43,9 @@ def main(runs: Path, out: Path) -> None:
             line, rows = read(path)
         except KeyError as error:
             complaints.append(f"left out: {path}: its files know no {error}: another version wrote them, run it again")
-        except (ValueError, TypeError, OSError) as error:
-            complaints.append(f"left out: {path}: {error}")
+        except Exception as error:  # anything can stand in a file that is damaged: it is named, and the others are collected
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            complaints.append(f"left out: {path}: {first}")
         else:
             found.setdefault((line["run"], line["seed"]), []).append((path, line, rows))
     lines, curves = [], []
@@ -88,23 +92,28 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 def read(path: Path) -> tuple[dict, list[dict]]:
     """A run folder's line, and the rows of its evaluations if it ended.
 
-    ValueError, KeyError, TypeError or OSError for one that is damaged.
+    Raises, with words for whoever has the folder, where a file is missing, damaged or of another run: KeyError where another version
+    wrote it, else ValueError or whatever a damaged file provokes.
     """
     cfg = config(path)
     line = {"run": path.parent.name, "seed": cfg["seed"], "data": cfg["data"]["name"] if "data" in cfg["task"] else None,
             "workers": cfg["workers"], "clock": "measured"}  # fmt: skip
-    rows = []
-    if (path / "metrics.jsonl").exists():
-        rows = [_json(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
     if not (path / "result.json").exists():  # best over training is known at its end alone
+        rows = _rows(path) if (path / "metrics.jsonl").exists() else []
         last = rows[-1] if rows else {}
         line |= {f"{name}_last": last.get(name) for name in METRICS}
         return line | {"status": "running" if _locked(path) else "stopped", "step": last.get("step", 0)}, []
-    result = _json((path / "result.json").read_text())
+    result, rows = _mapping(path / "result.json", _json(_text(path / "result.json"), "result.json")), _rows(path)
     if result["status"] not in ("done", "diverged"):
         raise ValueError(f"result.json has the status {result['status']}")
+    if not rows:
+        raise ValueError("metrics.jsonl is empty, though the run has ended: run it again")
     if result["seed"] != cfg["seed"] or result["step"] != rows[-1]["step"]:
         raise ValueError("result.json, metrics.jsonl and config.yaml are not of one run")
+    by_step = {row["step"]: row for row in rows}
+    for name, best in result["best"].items():
+        if by_step.get(best["step"], {}).get(name) != best["value"]:
+            raise ValueError(f"metrics.jsonl lacks the best {name} of result.json, of step {best['step']}: rows were lost or changed")
     line |= {name: result[name] for name in ("experiment", "status", "step", "processes", "seconds_per_iteration", "commit")}
     hardware = result["hardware"]
     line |= {"device": hardware.get("gpu", hardware["device"]), "threads": hardware["threads"], "torch": result["versions"]["torch"]}
@@ -118,7 +127,32 @@ def read(path: Path) -> tuple[dict, list[dict]]:
 
 def config(path: Path) -> dict:
     """A run folder's resolved config."""
-    return OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
+    text = _text(path / "config.yaml")
+    try:
+        return _mapping(path / "config.yaml", OmegaConf.to_container(OmegaConf.create(text), resolve=True))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config.yaml is no YAML: {str(error).splitlines()[0]}") from None
+
+
+def _rows(path: Path) -> list[dict]:
+    rows = [_mapping(path / "metrics.jsonl", _json(text, "metrics.jsonl")) for text in _text(path / "metrics.jsonl").splitlines()]
+    for name in ("step", "epoch", "seconds"):
+        if not all(isinstance(row[name], (int, float)) for row in rows):
+            raise ValueError(f"metrics.jsonl: {name} is no number")
+    return rows
+
+
+def _text(path: Path) -> str:
+    """Of a regular file: opening a fifo would wait for ever."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is {'no file' if os.path.lexists(path) else 'missing'}")
+    return path.read_text(encoding="utf-8")
+
+
+def _mapping(path: Path, value) -> dict:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path.name} holds {type(value).__name__ if value else 'nothing'} where names and values should stand")
+    return value
 
 
 def refused(runs: Path) -> list[str]:
@@ -131,13 +165,16 @@ def refused(runs: Path) -> list[str]:
     return said
 
 
-def _json(text: str):
+def _json(text: str, name: str):
     """JSON as it is defined: NaN and Infinity are none."""
 
-    def refuse(name):
-        raise ValueError(f"{name} is no number")
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
 
-    return json.loads(text, parse_constant=refuse)
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _locked(path: Path) -> bool:

@@ -38,8 +38,8 @@ class Curves:
         lines = self.lines[self.lines["run"] == run]
         by = lines.groupby("step")
         found = by.mean(numeric_only=True).drop(columns="seed")
-        for name in (column for column in CURVES if column.endswith(("_min", "_max"))):
-            found[name] = by[name].min() if name.endswith("_min") else by[name].max()
+        for name in (column for column in CURVES if column.endswith(("_worker_min", "_worker_max"))):
+            found[name] = by[name].min() if name.endswith("_worker_min") else by[name].max()
         return found.assign(seeds=by["seed"].nunique())
 
 
@@ -98,7 +98,9 @@ def fig2(data: str, runs: Runs, curves: Curves):
             style = styled(cell, data)
             axis.plot(found["epoch"], found[name], **style)
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
-            axis.fill_between(found["epoch"], found[f"{name}_min"], found[f"{name}_max"], color=style["color"], linewidth=0, **band)
+            axis.fill_between(
+                found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band
+            )
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
         axis.legend(loc="lower right" if metric.more else "upper right")
     axes[0][0].set_ylabel(metric.title.removesuffix(", best"))

@@ -16,17 +16,23 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MEASURES = {"accuracy": "accuracy (%)", "nll": "NLL (nats)", "nll_base2": "NLL (base 2)", "train_loss": "training loss"}
 
 
-def main(path: Path, out: Path) -> None:
-    """Write report.html into `out`."""
+def main(path: Path, out: Path, published_runs: Runs | None = None) -> None:
+    """Write report.html into `out`. published_runs: to stand beside a user's own."""
     runs = Runs(path)
     curves = figures.Curves(path, runs)
-    parts = ["<h2>Curves</h2>", plots(runs, curves), "<h2>Claims</h2>", verdicts(runs), "<h2>Seconds of an iteration</h2>"]
+    parts = [
+        "<h2>Curves</h2>",
+        plots(runs, curves),
+        "<h2>Claims</h2>",
+        verdicts(runs, path.with_name("claims.csv")),
+        "<h2>Seconds of an iteration</h2>",
+    ]
     measured = seconds.links(path.with_name("runtime.csv"))
     for data in runtime.TASKS:
         parts += [f"<h3>{html.escape(TITLES[data])}</h3>", marked(seconds.against_paper(data)), marked(seconds.on_links(data, measured))]
     for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
         parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
-        parts += [section(table, runs) for table in layout(data)]
+        parts += [section(table, runs, published_runs) for table in layout(data)]
     complaints = [*runs.complaints, *unanswered()]
     if complaints:
         parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in dict.fromkeys(complaints))}</ul>")
@@ -35,9 +41,9 @@ def main(path: Path, out: Path) -> None:
     print(f"wrote {out / 'report.html'}: {(out / 'report.html').stat().st_size / 1000:.0f} kB")
 
 
-def section(table, runs: Runs) -> str:
+def section(table, runs: Runs, published_runs: Runs | None = None) -> str:
     """A table; the numbers of a cell carry their runs as a title, and all stand below for fingers and paper."""
-    found = cells(table, runs)
+    found = cells(table, runs, published_runs)
     text = shown(table, found)
     head = "".join(f"<th>{html.escape(heading(title))}</th>" for title in text.columns)
     body, addresses = [], {}
@@ -50,7 +56,10 @@ def section(table, runs: Runs) -> str:
         body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
     where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
     where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
-    title, under = f"<h3>{html.escape(table.title)}</h3>", f"<p class=rule>{html.escape(rule(table).replace('*', ''))}</p>"
+    title, under = (
+        f"<h3>{html.escape(table.title)}</h3>",
+        f"<p class=rule>{html.escape(rule(table, 'ours_n' in found).replace('*', ''))}</p>",
+    )
     return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
 
 
@@ -71,8 +80,8 @@ def _code(text: str) -> str:
     return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
 
 
-def verdicts(runs: Runs) -> str:
-    judged, undecided = claims.decided(claims.stored(runs))
+def verdicts(runs: Runs, written: Path) -> str:
+    judged, undecided = claims.decided(claims.stored(runs, written))
     rows = "".join(
         f'<tr class="{line.verdict.split()[0]}"><td>{html.escape(line.claim)}</td><td><code>{line.data}</code></td><td>{line.verdict}</td>'
         f'<td title="{html.escape(str(line.runs), quote=True)}">{html.escape(str(line.evidence))}</td></tr>' for line in judged.itertuples()
@@ -98,8 +107,8 @@ def plots(runs: Runs, curves) -> str:
             for name in MEASURES:
                 if name in found and found[name].notna().all():
                     series[name] = found[name].round(5).tolist()
-                    if f"{name}_min" in found and found[f"{name}_min"].notna().all():
-                        series[f"{name} band"] = found[[f"{name}_min", f"{name}_max"]].round(5).to_numpy().tolist()
+                    if f"{name}_worker_min" in found and found[f"{name}_worker_min"].notna().all():
+                        series[f"{name} band"] = found[[f"{name}_worker_min", f"{name}_worker_max"]].round(5).to_numpy().tolist()
             lines.append({"label": LABELS[cell], "color": COLORS[int(style["color"][1:])], "dash": style["linestyle"] == "--",
                           "from": runs.address(f"{data}_{cell}"), "series": series})  # fmt: skip
         if lines:

@@ -2,6 +2,7 @@
 
 A layout is data: which runs stand in which rows, which columns of runs.csv are shown. A run is named as its folder is, so that its name
 gives the command. Numbers of the paper's data stand beside the paper's; a stand-in's never do: there SlowMo's change is compared.
+A user's own runs stand beside the published ones: yours, ours, the paper's.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from scipy import stats
 from results.collect import COLUMNS, write
 
 HERE = Path(__file__).parent
+MINE = HERE / "mine"  # what a user's own runs give; git ignores it
 BENCHMARKS = HERE / "benchmarks/cpu.csv"
 CONFIGS = HERE.parent / "configs"
 SMALL = {"photos": "cifar10", "scripts": "imagenet", "ende": "wmt16"}  # stand-in -> the data it stands for
@@ -188,7 +190,8 @@ class Runs:
 
     def __init__(self, path: Path):
         if not path.exists():
-            raise FileNotFoundError(f"no {path}: run something, then python -m results collect")
+            elsewhere = "; --publish makes the page and the tables of the published runs" if MINE in path.parents else ""
+            raise FileNotFoundError(f"no {path}: run something, then python -m results collect{elsewhere}")
         self.lines = pd.read_csv(path, dtype={"commit": str, "run": str})
         if missing := [name for name in COLUMNS if name not in self.lines.columns]:
             raise ValueError(f"{path} lacks {', '.join(missing)}: it is no list of runs, or an older one; make it anew with collect")
@@ -262,8 +265,8 @@ def unanswered() -> list[str]:
     return said
 
 
-def cells(table: Table, runs: Runs) -> pd.DataFrame:
-    """A line for each cell: what it shows, as numbers."""
+def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.DataFrame:
+    """A line for each cell: what it shows, as numbers. published_runs: of this suite, to stand beside a user's own."""
     lines = []
     for label, run, against in table.rows:
         status = runs.of(run)["status"]
@@ -276,6 +279,9 @@ def cells(table: Table, runs: Runs) -> pd.DataFrame:
                     "std": values.std(), "n": len(values), "diverged": int((status == "diverged").sum()), "paper": theirs,
                     "best_or_last": metric.name.rpartition("_")[2] if metric.name.endswith(("_best", "_last")) else "", "against": against,
                     "command": command(run, range(1, table.seeds + 1)), "address": runs.address(run)}  # fmt: skip
+            if published_runs:
+                ours = published_runs.values(run, metric.name)
+                line |= {"ours_mean": ours.mean(), "ours_std": ours.std(), "ours_n": len(ours)}
             if theirs is not None and len(values):
                 line["difference"] = values.mean() - theirs
                 line["mark"] = agreement(values, theirs, paper()[1][table.data], metric)
@@ -287,7 +293,7 @@ def cells(table: Table, runs: Runs) -> pd.DataFrame:
             lines.append(line)
     columns = ["table", "data", "row", "run", "metric", "best_or_last", "mean", "std", "n", "diverged", "paper", "difference", "mark",
                "against", "change", "half", "pairs", "paper_change", "command", "address"]  # fmt: skip
-    return pd.DataFrame(lines).reindex(columns=columns)
+    return pd.DataFrame(lines).reindex(columns=[*columns, *(["ours_mean", "ours_std", "ours_n"] if published_runs else [])])
 
 
 def agreement(values: pd.Series, theirs: float, seeds: int, metric: Metric) -> str:
@@ -319,15 +325,22 @@ def shown(table: Table, found: pd.DataFrame) -> pd.DataFrame:
         part = found[found["metric"] == metric.name].to_dict("records")
         unit = "%" if metric is TIME else ""
         number = lambda value, sign="", digits=metric.digits: "" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
-        ours = []
+        measured = lambda mean, std, n: number(mean) + (f" ± {number(std)}" if n > 1 else "") + f" ({n})"
+        runs = []
         for cell in part:
             if cell["diverged"]:  # a mean over the seeds that survived would flatter
-                ours.append(f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}")
+                runs.append(f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}")
             elif not cell["n"]:
-                ours.append(f"`{cell['command']}`" if metric is table.metrics[0] else "–")
+                runs.append(f"`{cell['command']}`" if metric is table.metrics[0] else "–")
             else:
-                ours.append(number(cell["mean"]) + (f" ± {number(cell['std'])}" if cell["n"] > 1 else "") + f" ({cell['n']})")
-        out[metric.title] = ours
+                runs.append(measured(cell["mean"], cell["std"], cell["n"]))
+        if "ours_n" in found:
+            out[f"{metric.title}: yours"] = runs
+            out[f"ours: {metric.title}"] = [
+                measured(cell["ours_mean"], cell["ours_std"], cell["ours_n"]) if cell["ours_n"] else "–" for cell in part
+            ]
+        else:
+            out[metric.title] = runs
         digits = 1 if metric is TIME else metric.digits
         if any(cell["paper"] is not None and not pd.isna(cell["paper"]) for cell in part):
             out[f"paper: {metric.title}"] = [number(cell["paper"]) for cell in part]
@@ -348,7 +361,7 @@ def shown(table: Table, found: pd.DataFrame) -> pd.DataFrame:
 
 def heading(title: str) -> str:
     """A column's title: what belongs to the column before needs no name of its own."""
-    for short in ("paper", "difference", "mark", "change", "the paper's change"):
+    for short in ("ours", "paper", "difference", "mark", "change", "the paper's change"):
         if title.startswith(f"{short}: "):
             return short
     return title
@@ -359,11 +372,13 @@ def markdown(table: Table, found: pd.DataFrame) -> str:
     head = [heading(title) for title in text.columns]
     body = [[row[0], f"`{row[1]}`", *row[2:]] for row in text.itertuples(index=False)]
     lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body]]
-    return "\n".join([*lines, "", rule(table), ""])
+    return "\n".join([*lines, "", rule(table, "ours_n" in found), ""])
 
 
-def rule(table: Table) -> str:
-    """What stands under a table: how its marks are made, and what is to be known about these runs."""
+def rule(table: Table, yours: bool = False) -> str:
+    """What stands under a table: how its marks are made, and what is to be known about the published runs."""
+    if yours:
+        return f"{RULES[table.data in SMALL].replace('ours', 'yours')} ours: the runs published with this suite, likewise."
     return f"{RULES[table.data in SMALL]} {NOTES.get(table.data, {}).get(table.key, '')}".rstrip()
 
 
@@ -375,6 +390,7 @@ def latex(table: Table, found: pd.DataFrame) -> str:
     safe = lambda word: "".join(swap.get(letter, letter) for letter in word)
     rows = [[safe(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
     rows = [" & ".join(row) + r" \\" for row in rows]
+    under = safe(rule(table, "ours_n" in found).replace("*", ""))
     lines = [
         f"% {table.title}: {TITLES[table.data]}; needs booktabs",
         rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
@@ -385,20 +401,25 @@ def latex(table: Table, found: pd.DataFrame) -> str:
         r"\bottomrule",
         r"\end{tabular}",
         "",
-        rf"{{\footnotesize {safe(rule(table).replace('*', ''))}}}",
+        rf"{{\footnotesize {under}}}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def everything(runs: Runs) -> list[tuple[Table, pd.DataFrame]]:
+def everything(runs: Runs, published_runs: Runs | None = None) -> list[tuple[Table, pd.DataFrame]]:
     """All tables, the paper's data first, each with its cells."""
-    return [(table, cells(table, runs)) for data in TITLES for table in layout(data)]
+    return [(table, cells(table, runs, published_runs)) for data in TITLES for table in layout(data)]
 
 
-def main(path: Path, out: Path) -> None:
+def beside(path: Path) -> Runs | None:
+    """The published runs, where `path` lists a user's own."""
+    return Runs(HERE / "runs.csv") if path.resolve() != HERE / "runs.csv" and (HERE / "runs.csv").exists() else None
+
+
+def main(path: Path, out: Path, published_runs: Runs | None = None) -> None:
     """Write tables.md, tables.tex and tables.csv into the folder `out`; say what is wrong with the runs."""
     runs = Runs(path)
-    made = everything(runs)
+    made = everything(runs, published_runs)
     text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", ""]
     for table, found in made:
         text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from experiments.runner import folder, plan
+from experiments.runner import build, run_dir
 
 
 def export(task, models: list[Path], path: Path) -> None:
@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--average", type=int, default=1, help="how many of the last averaged models")
     options = parser.parse_args()
-    models = folder.kept(options.run)[-options.average :]
+    models = run_dir.saved_models(options.run)[-options.average :]
     if not (options.run / "config.yaml").exists() or len(models) < max(1, options.average):
         sys.exit(f"{options.run} holds {len(models)} averaged models: name a run's folder, and no more models than its evaluate.keep")
     cfg = OmegaConf.load(options.run / "config.yaml")
     cfg.cluster.device = cfg.task.device = "cpu"
     try:
-        export(plan.build(cfg.task), models, options.out)
+        export(build.build(cfg.task), models, options.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.out}: {', '.join(model.stem for model in models)}")

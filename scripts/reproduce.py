@@ -5,11 +5,10 @@
     python scripts/reproduce.py table1 --data paper --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
 
 What follows `--` goes to every run. A run that fails is named and the others go on; asking again takes up what is missing or was
-stopped. Done is what runs.csv or runs/ holds.
+stopped. Done is what stands in runs/: in a fresh clone everything is missing. The end is in results/mine/, beside the published numbers.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results import tables  # noqa: E402
+from results import collect, tables  # noqa: E402
 from results.tables import SMALL, Runs, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
@@ -72,17 +71,19 @@ def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> l
 
 
 def known() -> tuple[set, dict]:
-    """Runs that ended, by runs.csv and by runs/; and of each run, by any seed, (seconds an iteration, iterations)."""
+    """Runs that ended, by runs/; and of each run, by any seed, here or published, (seconds an iteration, iterations)."""
     done, paces = set(), {}
+    for path in sorted((ROOT / "runs").glob("*/seed*/result.json")):
+        try:
+            line, _ = collect.read(path.parent)
+        except Exception as error:  # damaged in whatever way: to be run, or named by it
+            print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
+            continue
+        done.add((line["run"], line["seed"]))
+        paces[line["run"]] = line["seconds_per_iteration"], line["step"]
     if (ROOT / "results/runs.csv").exists():
-        ended = Runs(ROOT / "results/runs.csv").ended
-        done |= set(zip(ended["run"], ended["seed"]))
-        means = ended.groupby("run")[["seconds_per_iteration", "step"]].mean()
-        paces = dict(zip(means.index, means.itertuples(index=False, name=None)))
-    for path in (ROOT / "runs").glob("*/seed*/result.json"):
-        result = json.loads(path.read_text())
-        done.add((path.parent.parent.name, result["seed"]))
-        paces.setdefault(path.parent.parent.name, (result["seconds_per_iteration"], result["step"]))
+        means = Runs(ROOT / "results/runs.csv").ended.groupby("run")[["seconds_per_iteration", "step"]].mean()
+        paces = dict(zip(means.index, means.itertuples(index=False, name=None))) | paces
     return done, paces
 
 

@@ -1,6 +1,9 @@
 #!/bin/sh
 # Make .venv and install the suite into it, with the versions of constraints.txt. Safe to repeat and to interrupt.
 #
+#     scripts/setup.sh run    what the quickstart needs: no compiler, no fairseq
+#     scripts/setup.sh test   all of it, for the tests and for translation: compiles fairseq for two minutes
+#
 # torch is by far the largest download and the one that knows the GPU's driver, so a torch >= 2.4 that $PYTHON
 # (default python3) already has is used where it lies and never replaced: .venv sees $PYTHON's packages through one
 # .pth file, and pip is held to that torch's version instead of the pinned one. A .venv of your own making is kept too.
@@ -9,6 +12,12 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 ours=.venv/.torch-is-ours # this torch was installed here and follows constraints.txt
+
+case ${1:-test} in
+run) extras=quickstart ;;
+test) extras=photos,results,notebooks,logging,test,lint,oracles,wmt16 ;;
+*) echo "setup: run or test, not $1" >&2; exit 2 ;;
+esac
 
 fail() { echo "setup: $*" >&2; exit 1; }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -28,9 +37,11 @@ if ! has_pip; then
              "or its version's, such as python3.12-venv"
     .venv/bin/python -m ensurepip >/dev/null 2>&1 || "$python" -m venv --clear .venv
 fi
-headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
-[ -e "$headers/Python.h" ] || fail "fairseq is compiled, and $headers/Python.h is missing. On Debian and Ubuntu: apt install python3-dev"
-command -v c++ >/dev/null || fail "fairseq is compiled, and there is no C++ compiler. On Debian and Ubuntu: apt install g++"
+if [ $extras != quickstart ]; then
+    headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [ -e "$headers/Python.h" ] || fail "fairseq is compiled, and $headers/Python.h is missing. On Debian and Ubuntu: apt install python3-dev"
+    command -v c++ >/dev/null || fail "fairseq is compiled, and there is no C++ compiler. On Debian and Ubuntu: apt install g++"
+fi
 recent .venv/bin/python || fail ".venv holds a Python before 3.11. Start afresh: make clean"
 
 found=
@@ -63,5 +74,7 @@ PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$constraints"
 PIP_BUILD_CONSTRAINT="${PIP_BUILD_CONSTRAINT:+$PIP_BUILD_CONSTRAINT }$constraints"
 export PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
 # fairseq compiles against torch: against the one above, not against a second one that an isolated build would fetch.
-.venv/bin/python -m pip install 'torch>=2.4' numpy cython 'setuptools>=77' wheel
-.venv/bin/python -m pip install --no-build-isolation -e '.[photos,results,notebooks,test,oracles,wmt16]'
+build="numpy setuptools>=77 wheel"
+[ $extras = quickstart ] || build="$build cython"
+.venv/bin/python -m pip install 'torch>=2.4' $build
+.venv/bin/python -m pip install --no-build-isolation -e ".[$extras]"

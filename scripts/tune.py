@@ -1,11 +1,12 @@
 """Tuning as the paper did: for each base the peak learning rate, then β of SlowMo over it, each the best of a stated grid.
 
-    python scripts/tune.py photos               every base; trials that results/trials.csv already holds are not run again
+    python scripts/tune.py photos               every base; trials that results/mine/trials.csv already holds are not run again
     python scripts/tune.py cifar10 --epochs 200 --seed 0 --launcher slurm
 
 A grid is run by Hydra's own sweeper (`run.py -m optimizer.lr=0.1,0.3,0.9`). The grid of rates grows by 3 while the best lies at its edge.
 The best has the highest validation accuracy (for translation the lowest NLL) on a seed that no table uses; a run that diverged is never
-the best. All trials, the chosen ones marked, go to results/trials.csv; the experiments' files are changed by hand, and a test compares.
+the best. All trials, the chosen ones marked, go to results/mine/trials.csv, with --publish to results/trials.csv; the experiments' files
+are changed by hand, and a test compares them with what is published.
 """
 
 import argparse
@@ -21,9 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
-from results.tables import TEXT, table1  # noqa: E402
+from results.tables import HERE, MINE, TEXT, table1  # noqa: E402
 
-TRIALS = ROOT / "results/trials.csv"
 RATES = {True: [0.001, 0.002, 0.004], False: [0.1, 0.3, 0.9]}
 BETAS = [0.4, 0.6, 0.8]
 COLUMNS = ["experiment", "lr", "beta", "length", "seed", "status", "best_metric", "train_loss_best", "chosen", "commit"]
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="instead of --steps")
     parser.add_argument("--launcher", default="here", help="launch=... of each grid; a cluster runs a grid as one job array")
     parser.add_argument("--jobs", type=int, default=2, help="grids at once")
+    parser.add_argument("--publish", action="store_true", help="take up and write results/trials.csv, which is committed")
     options = parser.parse_args()
     text = options.data in TEXT
     tuner = Tuner(options, text)
@@ -50,7 +51,8 @@ class Tuner:
     def __init__(self, options, text: bool):
         self.options, self.text = options, text
         self.length = f"epochs={options.epochs:g}" if options.epochs else f"steps={options.steps}"
-        self.trials, self.lock = pd.read_csv(TRIALS) if TRIALS.exists() else pd.DataFrame(columns=COLUMNS), threading.RLock()
+        self.path, self.lock = (HERE if options.publish else MINE) / "trials.csv", threading.RLock()
+        self.trials = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
 
     def base(self, base: str) -> str:
         """Tune a base, then SlowMo over it; what was chosen, in words."""
@@ -81,7 +83,7 @@ class Tuner:
             words += [f"outer.beta={','.join(map(str, betas))}"] if betas else []
             words += ["launch.wait=true"] if self.options.launcher.startswith("slurm") else []
             done = subprocess.run([sys.executable, "run.py", "-m", *words], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
+            if done.returncode not in (0, 3):  # 3: a trial diverged, which is an answer
                 sys.exit(f"run.py -m {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
             self.gather(experiment)
         found = pd.concat([self.find(experiment, *point) for point in points])
@@ -128,7 +130,7 @@ class Tuner:
             self.save()
 
     def save(self) -> None:
-        collect.write(TRIALS, self.trials.sort_values(COLUMNS[:3], kind="stable").to_csv(index=False))
+        collect.write(self.path, self.trials.sort_values(COLUMNS[:3], kind="stable").to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class Handover:
         if hooks:
             replicas.register_grad_hook(self._arrived)
         self.advance, self.overlap, self.behind = None, False, 0
-        self.armed, self.paused, self.first_unsent, self.first_waiting = False, False, 0, 0
+        self.armed, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list = []
         self.missing: list[int] = []
 
@@ -208,7 +208,7 @@ class Handover:
         if self.half_done:
             raise RuntimeError("backward has begun a step that was not finished: call step() after each, or choose overlap=False")
         self.settle()
-        self.first_unsent, self.waits = 0, []
+        self.first_unsent, self.waits, self.touched = 0, [], False
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
@@ -221,7 +221,7 @@ class Handover:
             before_advancing()
         while self.first_waiting < len(self.buckets):
             self._advance()
-        self.armed, self.first_waiting, self.first_unsent = False, 0, 0
+        self.armed, self.touched, self.first_waiting, self.first_unsent = False, False, 0, 0
 
     def drop(self) -> None:
         """The step is not taken. RuntimeError where backward has begun to."""
@@ -232,11 +232,6 @@ class Handover:
         """Wait for the means that are under way, so that gradients are what they will be."""
         for wait in self.waits[self.first_waiting :]:
             wait()
-
-    @property
-    def begun(self) -> bool:
-        """Whether a bucket of this step has gone."""
-        return self.armed and self.first_unsent > 0
 
     @property
     def half_done(self) -> bool:
@@ -254,6 +249,7 @@ class Handover:
                 "a gradient arrived for a bucket that has gone: more backward passes than declared, or a layer shared by reentrant "
                 "checkpoints. Say accumulate=k for k passes per step, put all but the last under no_sync(), or call step() after each"
             )
+        self.touched = True
         self.missing[bucket.index] -= 1
         while self.first_unsent < len(self.buckets) and self.missing[self.first_unsent] <= 0:
             self._send()

@@ -1,126 +1,266 @@
-"""Checkpoints: one safetensors file a worker, one for what is global, and a manifest with their checksums.
+"""Checkpoints: a safetensors file a rank, one for what is global, and a manifest with their checksums.
 
-    step-000000120/  worker-00000.safetensors ...  global.safetensors  manifest.json
+    step-000000120/  rank-00000.safetensors ...  global.safetensors  manifest.json
 
-Written under another name and renamed when whole, so a folder with the right name is complete. Nothing is unpickled. Files speak of
-workers, not of processes: a run may go on under another folding.
+Written under another name and renamed when whole, so a folder with the right name is complete. Nothing is unpickled, no link is followed.
+Files speak of workers, `<worker>/<key>`: a run may go on under another layout. A worker's tensors `own.<key>` are `[g, ...]`, one for each
+of its g ranks.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
-FORMAT = 1
+FORMAT = 2
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save(folder: Path, step: int, cluster, rows: dict, own: dict, shared: dict, state: dict, keep: int = 2) -> None:
-    """Write `folder/step-.../` and delete all but the newest `keep`. Collective.
+class PeerError(OSError):
+    """What failed on another rank."""
 
-    rows: tensors `[n, ...]` of workers. own: tensors `[n, k]` that differ between the processes of a worker (BatchNorm statistics); all
-    of them are kept. shared: tensors that are the same everywhere. state: JSON values (step, clock, ...).
+
+class Damaged(ValueError):
+    """A checkpoint that was written otherwise than it is read."""
+
+
+@contextlib.contextmanager
+def everywhere(cluster):
+    """What fails inside on one rank fails on all: there as it is, on the others as PeerError that names it. Collective at its end.
+
+    OSError and ValueError only; no collective may be called inside.
+    """
+    error = None
+    try:
+        yield
+    except (OSError, ValueError) as raised:
+        error = raised
+    if not cluster.all_reduce_max(int(error is not None)):
+        return
+    found = cluster.all_gather_object(None if error is None else (str(error), getattr(error, "errno", None)))
+    if error is not None:
+        raise error
+    rank, (text, number) = next((rank, facts) for rank, facts in enumerate(found) if facts)
+    error = PeerError(f"rank {rank}: {text}")
+    error.errno = number
+    raise error
+
+
+def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, state: dict, keep: int = 2) -> None:
+    """Write `folder/step-.../` and delete all but the newest `keep`. Collective. OSError on every rank when one cannot write.
+
+    workers: tensors of each worker hosted here, by key; what differs between the ranks of a worker has a key `own.<...>`, and all of
+    it is kept. shared: tensors that are the same everywhere. state: JSON values (step, clock, ...). Tensors may be views of any
+    strides on any device: they pass through the host one after another.
     """
     final = folder / f"step-{step:09d}"
     aside = folder / f"{final.name}.partial"
     if cluster.broadcast_object(final.exists()):
         return
-    if cluster.leader:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    cluster.barrier()  # nobody writes before the folder is there
-    sums = {}
-    own = {f"own.{name}": cluster.gather_inside(value) for name, value in own.items()}
-    if cluster.lane == 0:
-        for row, worker in enumerate(cluster.ranks):
-            name = f"worker-{worker:05d}.safetensors"
-            sums[name] = _write(aside / name, {key: value[row] for key, value in (rows | own).items()})
-    if cluster.leader:
-        sums["global.safetensors"] = _write(aside / "global.safetensors", shared)
-    sums = {name: digest for part in cluster.gather(sums) for name, digest in part.items()}
-    if cluster.leader:
-        body = {"format": FORMAT, "step": step, "workers": cluster.size, "state": state, "sha256": sums}
-        with open(aside / "manifest.json", "w") as file:
-            json.dump({"sha256": _digest_of(body), "body": body}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, final)
-        for old in _found(folder)[keep:]:
-            shutil.rmtree(old)
-    cluster.barrier()
+    with everywhere(cluster):  # nobody writes before the folder is there
+        if cluster.is_main:
+            _remove(aside)
+            aside.mkdir(parents=True)
+    workers = [
+        {key: cluster.all_gather_in_worker(value) if key.startswith("own.") else value for key, value in worker.items()}
+        for worker in workers
+    ]
+    files = {}
+    with everywhere(cluster):
+        if cluster.worker_rank == 0:
+            tensors = {f"{i}/{key}": value for i, worker in zip(cluster.local_workers, workers) for key, value in worker.items()}
+            name = f"rank-{cluster.rank // cluster.worker_size:05d}.safetensors"
+            files[name] = {"sha256": _write(aside / name, tensors), "workers": list(cluster.local_workers)}
+        if cluster.is_main:
+            files["global.safetensors"] = {"sha256": _write(aside / "global.safetensors", shared), "workers": []}
+    files = {name: facts for part in cluster.all_gather_object(files) for name, facts in part.items()}
+    with everywhere(cluster):
+        if cluster.is_main:
+            body = {"format": FORMAT, "step": step, "workers": cluster.num_workers, "state": state, "files": files}
+            with open(aside / "manifest.json", "x") as file:
+                json.dump({"sha256": _digest_of(body), "body": body}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(aside, final)
+            for old in _found(folder)[keep:]:
+                _remove(old)
 
 
-def load(folder: Path, cluster) -> tuple[tuple[dict, dict, dict, dict] | None, list[str]]:
-    """The newest whole checkpoint as `(rows, own, shared, state)`, or None, for the workers hosted here; and complaints. Collective.
+class Checkpoint:
+    """A checkpoint whose checksums were right. step; state and shared as they were saved, tensors on the CPU."""
 
-    A damaged one is renamed to `*.damaged` and the one before is taken; the complaints say so. `own` comes back `[n, k]`: each process's
-    own where the folding is the saved one, else the mean over the worker's processes.
-    """
-    if cluster.leader and folder.exists():
-        for left in folder.glob("*.partial"):
-            shutil.rmtree(left)
-    complaints = []
-    for path in cluster.broadcast_object([str(p) for p in _found(folder)]):
-        path = Path(path)
+    def __init__(self, path: Path, cluster):
+        self.path, self._worker_rank, self._worker_size = path, *((cluster.worker_rank, cluster.worker_size) if cluster else (0, 0))
+        manifest = _manifest(path)
+        self.step, self.workers, self.state, self._files = (manifest[key] for key in ("step", "workers", "state", "files"))
+
+    def verify(self, workers) -> None:
+        """Read what these workers need and compare checksums. Damaged, or OSError where reading itself fails."""
+        needed = {self._file(worker) for worker in workers} | {"global.safetensors"}
+        for name in sorted(needed):
+            if name not in self._files or _digest(self.path / name) != self._files[name]["sha256"]:
+                raise Damaged(f"{name} does not match its checksum")
+        self.shared = self._read("global.safetensors", "")
+
+    def worker(self, i: int) -> dict[str, torch.Tensor]:
+        """Worker i's tensors, read now; `own.<key>` of this rank where a worker has as many ranks as then, else the mean over them.
+
+        They lie in the file until they are used: let them go when they are copied.
+        """
+        found = self._read(self._file(i), f"{i}/")
+        for key, value in found.items():
+            if key.startswith("own."):
+                found[key] = (
+                    value[self._worker_rank]
+                    if len(value) == self._worker_size
+                    else (value if value.is_complex() else value.double()).mean(0).to(value.dtype)
+                )
+        return found
+
+    def _file(self, worker: int) -> str:
+        for name, facts in self._files.items():
+            if worker in facts["workers"]:
+                return name
+        raise Damaged(f"no file has worker {worker}")
+
+    def _read(self, name: str, prefix: str) -> dict[str, torch.Tensor]:
         try:
-            loaded, problem = _read(path, cluster), ""
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            loaded, problem = None, f"{error}"
-        problems = [text for text in cluster.gather(problem) if text]
+            with safe_open(self.path / name, "pt") as file:
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        except SafetensorError as error:
+            raise Damaged(f"{name}: {error}") from None
+
+
+def load(folder: Path, cluster) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, or None; and complaints. Collective.
+
+    A damaged one, by its checksums, is renamed to `*.damaged` and the one before is taken; the complaints say so. What cannot be read for
+    another reason (a file server that is gone, no permission), or is another version's, is renamed by nobody: OSError or ValueError,
+    on every rank.
+    """
+    with everywhere(cluster):
+        if cluster.is_main and folder.exists():
+            for left in folder.glob("*.partial"):
+                _remove(left)
+    with everywhere(cluster):
+        paths = [str(path) for path in _found(folder)] if cluster.is_main else None
+    complaints = []
+    for path in map(Path, cluster.broadcast_object(paths)):
+        problem, found = "", None
+        with everywhere(cluster):
+            try:
+                found = Checkpoint(path, cluster)
+                if found.workers != cluster.num_workers:
+                    raise ValueError(f"{path} has {found.workers} workers, this run {cluster.num_workers}: set workers={found.workers}")
+                found.verify(cluster.local_workers)
+            except Damaged as error:
+                problem = str(error)
+        problems = [text for text in cluster.all_gather_object(problem) if text]
         if not problems:
-            return loaded, complaints
-        complaints.append(f"checkpoint {path.name} is damaged ({problems[0]}), kept as {path.name}.damaged; going back to the one before")
-        if cluster.leader:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
-        cluster.barrier()
-    if complaints:
-        complaints.append("no whole checkpoint is left: starting afresh")
+            return found, complaints
+        complaints.append(f"checkpoint {path.name} is damaged ({problems[0]}), kept as {path.name}.damaged")
+        with everywhere(cluster):
+            if cluster.is_main:
+                aside = path.with_name(f"{path.name}.damaged")
+                _remove(aside)
+                os.rename(path, aside)
     return None, complaints
 
 
-def _read(path: Path, cluster) -> tuple[dict, dict, dict, dict]:
-    whole = json.loads((path / "manifest.json").read_text())
-    manifest = whole["body"]
-    if whole["sha256"] != _digest_of(manifest):
-        raise ValueError("manifest.json does not match its checksum")
-    if manifest["format"] != FORMAT or manifest["workers"] != cluster.size:
-        raise ValueError(f"format {manifest['format']} with {manifest['workers']} workers, not {FORMAT} with {cluster.size}")
-    for name in ["global.safetensors", *(f"worker-{worker:05d}.safetensors" for worker in cluster.ranks)]:
-        if _digest(path / name) != manifest["sha256"][name]:
-            raise ValueError(f"{name} does not match its checksum")
-    device = str(cluster.device)
-    files = [load_file(path / f"worker-{worker:05d}.safetensors", device=device) for worker in cluster.ranks]
-    rows, own = {}, {}
-    for key in files[0]:
-        value = torch.stack([file[key] for file in files])
-        if not key.startswith("own."):
-            rows[key] = value
-        elif value.shape[1] == cluster.node:
-            own[key.removeprefix("own.")] = value[:, cluster.lane]
-        else:
-            own[key.removeprefix("own.")] = value.mean(1)
-    return rows, own, load_file(path / "global.safetensors"), manifest["state"]
+def load_model_state(folder: Path, worker: int) -> dict[str, torch.Tensor]:
+    """The state dict of a worker's own model in the newest checkpoint of `folder`. FileNotFoundError where there is none, ValueError for
+    a damaged one."""
+    paths = _found(folder)
+    if not paths:
+        raise FileNotFoundError(f"no checkpoint in {folder}")
+    try:
+        found = Checkpoint(paths[0], None)
+        found.verify([worker])
+        tensors = found.worker(worker)
+    except Damaged as error:
+        raise ValueError(f"{paths[0]} is damaged: {error}") from None
+    return {key.removeprefix("own.").removeprefix("model."): value.clone() for key, value in tensors.items()
+            if key.removeprefix("own.").startswith("model.")}  # fmt: skip
+
+
+def _manifest(path: Path) -> dict:
+    """Checked as far as anything reads it."""
+    if path.is_symlink() or not path.is_dir():
+        raise Damaged("it is no folder")
+    try:
+        with _open(path / "manifest.json") as file:
+            whole = json.loads(file.read())
+        manifest = whole["body"]
+        if whole["sha256"] != _digest_of(manifest):
+            raise Damaged("manifest.json does not match its checksum")
+        if manifest["format"] == FORMAT:
+            names = [re.fullmatch(r"(rank-\d+|global)\.safetensors", name) for name in manifest["files"]]
+            numbers = [manifest["step"], manifest["workers"], *(i for facts in manifest["files"].values() for i in facts["workers"])]
+            if not all(names) or not all(isinstance(number, int) for number in numbers) or not isinstance(manifest["state"], dict):
+                raise Damaged("manifest.json is none of ours")
+            return manifest
+        version = manifest["format"]
+    except Damaged:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"manifest.json: {type(error).__name__}: {error}") from None
+    remedy = "finish this run with version 0.1" if version == 1 else "go on with the version that wrote it"
+    raise ValueError(f"{path} is a checkpoint of format {version}, this version reads {FORMAT}: {remedy}, or start anew with resume=never")
 
 
 def _write(path: Path, tensors: dict) -> str:
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path} could not be written: {error}") from error
-    with open(path, "rb") as file:
+    """A safetensors file, tensor after tensor (safetensors' own writer takes all of them on the host at once); its sha256."""
+    # wide types first: each tensor then starts at a multiple of its element's size
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header, end = {}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sha = hashlib.sha256()
+    with open(path, "xb") as file:  # never through a link
+
+        def put(part) -> None:
+            file.write(part)
+            sha.update(part)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            put(tensors[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        file.flush()
         os.fsync(file.fileno())
-    return _digest(path)
+    return sha.hexdigest()
+
+
+def _open(path: Path):
+    """A file for reading. Damaged where there is none, or a link, a folder, a pipe in its place; OSError where reading fails."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise Damaged(f"{path.name} is missing, or no file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise Damaged(f"{path.name} is no file")
+    return os.fdopen(number, "rb")
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -129,7 +269,14 @@ def _digest_of(body: dict) -> str:
 
 
 def _found(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """What is called a complete checkpoint, newest first."""
     if not folder.exists():
         return []
     return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d{9}", p.name)), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -25,7 +25,9 @@ def evaluate(task, replicas, algorithm, meter, batchnorm: str = "average"):
     if batchnorm == "local":
         buffers = {name: buffer.clone() for name, buffer in (replicas.mean_buffers_in_worker() or replicas.buffers()[0]).items()}
         for buffer in buffers.values():
-            cluster.broadcast(buffer)
+            value = buffer.to(cluster.device)
+            cluster.broadcast(value)
+            buffer.copy_(value)
     else:
         buffers = replicas.mean_buffers()
     model = replicas.materialize(algorithm.base.average(), buffers)

@@ -1,12 +1,11 @@
 """SlowMo for a training loop of your own: one line after the optimizer, and the loop stays as it is.
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
 """
 
 import contextlib
 import copy
-import functools
 import weakref
 
 import torch
@@ -77,6 +76,7 @@ class SlowMo(torch.optim.Optimizer):
         self._stands_in_for = {p: (segment, place) for segment in self.replicas.segments
                                for (p, _, _), place in zip(segment.members, segment.places)}  # fmt: skip
         algorithm.handover.starter = self.algorithm.start
+        self._count()
         model.register_forward_pre_hook(_BeforeForward(self))
         self._guard(optimizer)
 
@@ -95,8 +95,8 @@ class SlowMo(torch.optim.Optimizer):
         handover = self.algorithm.base.handover
         if not self.algorithm.base.started:
             self.algorithm.start()
-        elif handover.begun and not handover.half_done:  # gradients were averaged, and more are to be added to them
-            handover.rearm()
+        elif handover.touched and self.replicas.accumulate == 1 and not handover.half_done:
+            handover.rearm()  # gradients were averaged and more are to be added to them; or backward has failed
 
     def step(self, closure=None):
         """One step; after every tau-th the slow step. closure: as in torch, it computes the loss and gradients. Returns its loss."""
@@ -106,6 +106,7 @@ class SlowMo(torch.optim.Optimizer):
                 loss = closure()
         if not self._skips():
             self.algorithm.step()
+            self._count()
         self.inner_optimizer._opt_called = True  # for a scheduler that was built on it
         return loss
 
@@ -132,7 +133,7 @@ class SlowMo(torch.optim.Optimizer):
 
         RuntimeError with overlap=True where backward has begun the step and `step` was not called.
         """
-        if self.algorithm.base.handover.begun:
+        if self.algorithm.base.handover.touched:
             self.algorithm.base.handover.rearm()
         for segment in self.replicas.segments:
             segment.gather_grads()
@@ -161,8 +162,8 @@ class SlowMo(torch.optim.Optimizer):
 
         In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a forward pass and its step.
         """
-        if self.algorithm.base.started and self.algorithm.base.handover.begun:
-            raise RuntimeError("averaged() in the middle of a step: call step() first")
+        if self.algorithm.base.started:
+            raise RuntimeError("averaged() between a forward pass in training mode and its step: call step() first")
         x, buffers = self.algorithm.base.average(), self.replicas.mean_buffers()
         own, model_buffers = [segment.x.detach().clone() for segment in self.replicas.segments], self.replicas.buffers()[0]
         own_buffers = {name: buffer.clone() for name, buffer in model_buffers.items()}
@@ -190,9 +191,7 @@ class SlowMo(torch.optim.Optimizer):
         own, shared = self.algorithm.base.inner.named(0)
         out = {}
         for p, (segment, place) in self._stands_in_for.items():
-            found = {key: value for key, value in entries(place.name, own)} | {
-                key: value.clone() for key, value in entries(place.name, shared)
-            }
+            found = dict(entries(place.name, own)) | {key: value.clone() for key, value in entries(place.name, shared)}
             if self.algorithm.slow:
                 blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
                 found |= {f"slowmo_{key}": place.of(block, 0) for key, block in blocks}
@@ -205,11 +204,8 @@ class SlowMo(torch.optim.Optimizer):
         """torch's constructor sets an empty one; there is nothing to take from it."""
 
     def state_dict(self) -> dict:
-        """In torch's layout. Each rank's own: save every rank's. `slowmo_steps` and push-sum weights that are not 1 stand in the groups."""
+        """In torch's layout. Each rank's own: save every rank's. The groups have `slowmo_steps` and `slowmo_w`, the push-sum weight."""
         out = super().state_dict()
-        w = getattr(self.algorithm.base, "w", None)
-        extra = {"slowmo_steps": self.steps} | ({"slowmo_w": float(w)} if w is not None and float(w) != 1 else {})
-        out["param_groups"] = [group | extra for group in out["param_groups"]]
         out["state"] = {k: {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in s.items()} for k, s in out["state"].items()}
         return out
 
@@ -248,17 +244,17 @@ class SlowMo(torch.optim.Optimizer):
         base.inner.load(0, own, shared)
         self.algorithm.slow = None
         if slow:
-            zeros = functools.partial(torch.zeros_like, requires_grad=False)
-            self.algorithm.slow = {segment: (zeros(segment.x), zeros(segment.x)) for segment in self.replicas.segments}
+            self.algorithm.blank()
             for p, (segment, place) in self._stands_in_for.items():
                 for key, block in zip(self.algorithm.slow_names, self.algorithm.slow[segment]):
                     place.of(block, 0).copy_(slow[p][key])
         extra = groups[0]
         for mine, saved in zip(self.param_groups, groups):
-            mine.update({k: v for k, v in saved.items() if k not in ("params", "param_names") and not k.startswith("slowmo_")})
+            mine.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
         if hasattr(base, "w"):
             base.w = torch.full_like(base.w, extra.get("slowmo_w", 1.0))
         base.steps = int(extra.get("slowmo_steps", 0))
+        self._count()
         self.replicas.forget()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -268,6 +264,12 @@ class SlowMo(torch.optim.Optimizer):
         if getattr(self, "algorithm", None) is not None:
             raise ValueError("parameters cannot be added to SlowMo: add the group to the optimizer, and wrap model and optimizer again")
         super().add_param_group(param_group)
+
+    def _count(self) -> None:
+        """In the user's groups, where every way to save an optimizer's state finds it."""
+        w = getattr(self.algorithm.base, "w", None)
+        for group in self.param_groups:
+            group["slowmo_steps"], group["slowmo_w"] = self.steps, 1.0 if w is None or self.algorithm.base.regular else float(w)
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> None:
         """The wrapped optimizer's own step would move this worker and send nothing."""

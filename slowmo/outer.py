@@ -62,6 +62,10 @@ class Average:
         self.base.rebase()
         self.slow = {}
 
+    def blank(self) -> None:
+        """As `rebase`, with zeros: what a loaded state is written into."""
+        self.slow = {}
+
     def _slow_step(self, segment, lr: float) -> None:
         self.base.restart(segment, self.base.averaged(segment), self.buffers)
 
@@ -97,6 +101,11 @@ class SlowMo(Average):
         super().rebase()
         x0 = self.base.average() if self.exact else [segment.x.detach().clone() for segment in self.replicas.segments]
         self.slow = {segment: (x, torch.zeros_like(x)) for segment, x in zip(self.replicas.segments, x0)}
+
+    def blank(self):
+        rows = 1 if self.exact else len(self.replicas.models)
+        zeros = lambda segment: torch.zeros(rows, segment.x.shape[1], dtype=segment.x.dtype, device=segment.x.device)
+        self.slow = {segment: (zeros(segment), zeros(segment)) for segment in self.replicas.segments}
 
     def _slow_step(self, segment, lr):
         x0, u = self.slow[segment]

@@ -50,7 +50,7 @@ class Replicas:
             agree(cluster, "the model", facts)
             # what is not trained comes from rank 0 too
             for fixed in (*model.buffers(), *(p for p in model.parameters() if not _trained(p))):
-                value = fixed.detach().clone(memory_format=torch.contiguous_format)
+                value = fixed.detach().to(cluster.device, copy=True, memory_format=torch.contiguous_format)  # nccl knows no CPU
                 cluster.broadcast(value)
                 fixed.detach().copy_(value)
         self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
@@ -251,7 +251,7 @@ def _averaged(workers: list[dict[str, torch.Tensor]], cluster: Cluster, inside: 
     out = {name: buffer.detach().clone() for name, buffer in workers[0].items()}
     numbers = [name for name, buffer in out.items() if buffer.is_floating_point() or buffer.is_complex()]
     if numbers:
-        total = sum(torch.cat([_real(worker[name]) for name in numbers]) for worker in workers)
+        total = sum(torch.cat([_real(worker[name]).to(cluster.device) for name in numbers]) for worker in workers)
         cluster.all_reduce(total, inside=inside)
         total /= cluster.worker_size if inside else len(workers) * cluster.world_size
         for name, part in zip(numbers, total.split([_real(out[name]).numel() for name in numbers])):
@@ -259,7 +259,9 @@ def _averaged(workers: list[dict[str, torch.Tensor]], cluster: Cluster, inside: 
             out[name].copy_(value)
     if not inside:
         for name in sorted(out.keys() - set(numbers)):
-            cluster.broadcast(out[name])
+            value = out[name].to(cluster.device)
+            cluster.broadcast(value)
+            out[name].copy_(value)
     return out
 
 

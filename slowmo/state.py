@@ -53,13 +53,9 @@ def load_state_dict(algorithm, state: dict) -> None:
     if len(state["groups"]) != len(base.optimizer.param_groups):
         raise ValueError(f"the state has {len(state['groups'])} parameter groups, the optimizer {len(base.optimizer.param_groups)}")
     x = [segment.x.detach() for segment in replicas.segments]
-    if slow_names:
-        if algorithm.slow is None:
-            algorithm.rebase()
-        slow = [[values[k] for values in algorithm.slow.values()] for k in range(len(slow_names))]
-    else:
-        algorithm.rebase()
-        slow = []
+    if algorithm is not base:
+        algorithm.blank()
+    slow = [[values[k] for values in algorithm.slow.values()] for k in range(len(slow_names))]
     for row in rows:
         worker = state["workers"][row]
         values = worker | shared

@@ -4,6 +4,7 @@ A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and
 has the contract.
 """
 
+import contextlib
 import functools
 import time
 
@@ -30,6 +31,13 @@ class TrainingMeter:
     def stop(self) -> None:
         """Training pauses."""
         self.seconds += time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens inside is not training."""
+        begun = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begun
 
     def synchronize(self) -> None:
         """Wait for a GPU's pending work and count it as training; called before anything that is not training."""
@@ -81,6 +89,5 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, meter: Tra
 
 
 def _pause(meter: TrainingMeter, call, step: int) -> None:
-    meter.stop()
-    call(step)
-    meter.start()
+    with meter.paused():
+        call(step)

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 import run  # noqa: F401  the imports of every child, done once
 from experiments import cifar10, imagenet, photos, quadratic  # noqa: F401
 from experiments.runner import schedules  # noqa: F401
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 with contextlib.suppress(FileNotFoundError):  # the extra is not installed
     from experiments import wmt16  # noqa: F401
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 torch.zeros_like(torch.nn.Parameter(torch.empty(1, device="meta")))
 with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-    OmegaConf.to_yaml(hydra.compose("config", ["experiment=quickstart_sgp", "steps=1", "optimizer.lr=0.1"]), resolve=True)
+    OmegaConf.to_yaml(hydra.compose("config", ["experiment=quickstart_slowmo_local_sgd", "steps=1", "optimizer.lr=0.1"]), resolve=True)
 
 
 @dataclasses.dataclass
@@ -173,7 +173,7 @@ def signal_at_step(step: int, number: int, only: int | None = None):
 
     def before(rank):
         if only in (None, rank):
-            at_call(Tally, "start", step, lambda: os.kill(os.getpid(), number))
+            at_call(TrainingMeter, "start", step, lambda: os.kill(os.getpid(), number))
 
     return before
 

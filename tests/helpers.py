@@ -61,9 +61,7 @@ BASES = {
         replicas, optimizer, slowmo.Exponential(replicas.cluster.num_workers), gossip_buffers=True, **more
     ),
     "sgp_irregular": lambda replicas, optimizer, **more: slowmo.SGP(replicas, optimizer, irregular(replicas.cluster.num_workers), **more),
-    "osgp_irregular": lambda replicas, optimizer, **more: slowmo.OSGP(
-        replicas, optimizer, irregular(replicas.cluster.num_workers), **more
-    ),
+    "osgp_irregular": lambda replicas, optimizer, **more: slowmo.OSGP(replicas, optimizer, irregular(replicas.cluster.num_workers), **more),
 }
 
 

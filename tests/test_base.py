@@ -5,8 +5,22 @@ import copy
 import pytest
 import torch
 from helpers import (
-    BASES, Several, assert_same_state, average, buffers, build, copied, irregular, quadratic, restart, run, sgd, two_groups, write,
-    write_gradients, write_rows,
+    BASES,
+    Several,
+    assert_same_state,
+    average,
+    buffers,
+    build,
+    copied,
+    irregular,
+    quadratic,
+    restart,
+    run,
+    sgd,
+    two_groups,
+    write,
+    write_gradients,
+    write_rows,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -343,11 +357,13 @@ def reduced(m, everything, passes, base="allreduce", told=True, overlap=False):
     workers = [(i, place) for i in meet for place in range(cluster.worker_size)]
     start = flat(model)
     mean = torch.stack([gradient(model, i, everything, place) for i, place in workers]).mean(0)
-    replicas, algorithm = build(Model(model), m, base, cluster=cluster, bucket_cap_mb=1e-4, accumulate=passes if told else 1, overlap=overlap)
+    replicas, algorithm = build(
+        Model(model), m, base, cluster=cluster, bucket_cap_mb=1e-4, accumulate=passes if told else 1, overlap=overlap
+    )
     for k in range(passes):
         if k == (0 if told else passes - 1):
             algorithm.start(0.5)
-        assert not algorithm.handover.begun  # nothing leaves too early
+        assert not algorithm.handover.touched  # nothing leaves too early
         for i, replica in zip(cluster.local_workers, replicas.models):
             replica(inputs(i, place=cluster.worker_rank), uses(i, everything)).backward()
     early = algorithm.handover.first_unsent

@@ -92,7 +92,9 @@ def test_gradients_and_rows_start_at_lines_of_64_bytes():
 
 def test_is_dense():
     x = torch.zeros(2, 3, 4, 5)
-    assert is_dense(x) and is_dense(x.to(memory_format=torch.channels_last)) and is_dense(x.permute(3, 1, 0, 2)) and is_dense(torch.zeros(()))
+    assert (
+        is_dense(x) and is_dense(x.to(memory_format=torch.channels_last)) and is_dense(x.permute(3, 1, 0, 2)) and is_dense(torch.zeros(()))
+    )
     assert is_dense(torch.zeros(1, 3).as_strided((1, 3), (7, 1))) and not is_dense(x[:, ::2]) and not is_dense(torch.zeros(3).expand(2, 3))
 
 
@@ -109,7 +111,9 @@ def test_a_parameter_with_holes_becomes_one_without():
 def order_of(m, base, shuffled, steps=4):
     """For each step, in which order buckets advanced here, and in which order backward was through with them."""
     task, cluster = Shuffled(), Cluster(m)
-    replicas, algorithm = build(task, m, base, biases_apart(lambda groups: sgd(groups)), lambda b: SlowMo(b, 2), cluster, 1e-6, overlap=True)
+    replicas, algorithm = build(
+        task, m, base, biases_apart(lambda groups: sgd(groups)), lambda b: SlowMo(b, 2), cluster, 1e-6, overlap=True
+    )
     advanced, arrived = [], []
     advance = algorithm.base._advance
     algorithm.base._advance = lambda bucket: advanced.append(bucket.index) or advance(bucket)

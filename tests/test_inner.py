@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from branches import Shuffled, biases_apart
-from helpers import Several, buffers, build, copied, quadratic, restart, run, sgd, two_groups, write_gradients, write_rows
+from helpers import Several, buffers, build, copied, quadratic, restart, run, sgd, two_groups
 from processes import spawn
 from test_base import push, scattered
 

@@ -262,7 +262,7 @@ def test_a_failure_leaves_nothing(tree, tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_removed(tree, quick, tmp_path):
     final = libreoffice.make(tmp_path, packages=str(tree)).parent
-    left, other = tmp_path / f"{final.name}.abcd.tmp", tmp_path / "libreoffice-0123.abcd.tmp"
+    left, other = tmp_path / f"{final.name}.host.1.partial", tmp_path / "libreoffice-0123.host.1.partial"
     shutil.move(final, left)
     other.mkdir()
     assert libreoffice.make(tmp_path, packages=str(tree)).is_dir()
@@ -352,7 +352,7 @@ def apt(folder, monkeypatch, script):
 
 @needs_dpkg
 def test_packages_are_fetched_once(debs, quick, tmp_path, monkeypatch):
-    (tmp_path / "root" / "libreoffice-packages.tmp").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "root" / "libreoffice-packages.host.1.partial").mkdir(parents=True)  # of a process that was killed
     apt(tmp_path, monkeypatch, f"""echo "$*" >>{tmp_path}/calls
         case "$*" in
             *update) touch {tmp_path}/lists ;;

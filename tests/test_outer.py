@@ -4,7 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
-    BASES, Several, assert_same_state, average, buffers, build, copied, quadratic, restart, run, sgd, slow, two_groups, write,
+    BASES,
+    Several,
+    assert_same_state,
+    average,
+    buffers,
+    build,
+    copied,
+    quadratic,
+    restart,
+    run,
+    sgd,
+    slow,
+    two_groups,
+    write,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +121,16 @@ def test_one_worker_needs_nobody(base, outer, monkeypatch):
     def refuse(*arguments, **options):
         pytest.fail("one worker alone communicates")
 
-    for name in ("all_reduce", "broadcast", "batch_isend_irecv", "all_gather", "barrier", "new_group", "init_process_group", "all_gather_object"):
+    for name in (
+        "all_reduce",
+        "broadcast",
+        "batch_isend_irecv",
+        "all_gather",
+        "barrier",
+        "new_group",
+        "init_process_group",
+        "all_gather_object",
+    ):
         monkeypatch.setattr(dist, name, refuse)
     replicas, algorithm = make(1, base, outer)
     x = run(Several(1), replicas, algorithm, 7, rate)

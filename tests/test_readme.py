@@ -16,7 +16,7 @@ def test_the_loop_on_two_processes(tmp_path):
     assert marks == [str(k) for k in range(1, len(marks) + 1)] and len(marks) <= 6
     ours = [line for line in program.splitlines() if re.search(r"slowmo|replicas|algorithm", line)]
     # every line that needs us is counted; the worker's number serves the demonstration alone
-    assert all(re.search(r"# \d", line) for line in ours if "cluster.process" not in line)
+    assert all(re.search(r"# \d", line) for line in ours if "cluster.rank" not in line)
     (tmp_path / "loop.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "loop.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

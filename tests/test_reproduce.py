@@ -3,98 +3,133 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import command
 from listed import lines, written
 
 ROOT = Path(__file__).parent.parent
 TINY = ("workers=2", "steps=2", "task.batch_size=8", "task.width=2", "data.train=64", "data.validation=20", "evaluate.every=2")
 
 
+def ended(folder, experiment, accuracy, seed=1, status="done", **config):
+    """A run's folder as a run leaves it, as far as collecting reads it."""
+    config = {"seed": seed, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {"lr": 0.1}, "outer": {}} | config
+    row = {"step": 600, "epoch": 1.0, "seconds": 60.0, "accuracy": accuracy, "train_loss": 1.0}
+    result = {"status": status, "seed": seed, "step": 600, "experiment": experiment, "processes": 1, "commit": "c",
+              "seconds_per_iteration": 0.1, "hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2"},
+              "best": {name: {"value": row[name], "step": 600} for name in ("accuracy", "train_loss")},
+              "last": None if status == "diverged" else row}  # fmt: skip
+    folder.mkdir(parents=True)
+    for name, text in (("config.yaml", config), ("result.json", result), ("metrics.jsonl", row)):
+        (folder / name).write_text(json.dumps(text) + "\n")
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """The code alone, with an empty list of runs."""
+    """The code alone, with a short list of published runs."""
     for name in ("run.py", "configs", "slowmo", "experiments", "results", "scripts", "README.md"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "results/mine", ignore_errors=True)
     written(tmp_path / "results", lines("photos_sgp", [60.0], step=1200, seconds_per_iteration=0.1))
     return tmp_path
 
 
-def script(checkout, name, *words):
-    return subprocess.run([sys.executable, f"scripts/{name}.py", *words], cwd=checkout, capture_output=True, text=True)
+def loaded(name, root):
+    """A script as a module, at work in `root`."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.ROOT = root
+    return module
 
 
-def test_the_plan(checkout):
-    done = script(checkout, "reproduce", "table1", "--data", "photos", "--seeds", "1,2", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    plan = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert "missing: seed 2; 2.0 minutes each" in plan["photos_sgp"] and "missing: seed 1, 2" in plan["photos_osgp"]
-    assert "1 of 14 runs done" in done.stdout and not (checkout / "runs").exists()
+@pytest.fixture
+def script(checkout, monkeypatch, capfd):
+    """script(name, *words): its exit code, what it said, what it complained of."""
+
+    def say(name, *words):
+        module = loaded(name, checkout)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        for folder, path in (("HERE", checkout / "results"), ("MINE", checkout / "results/mine")):
+            monkeypatch.setattr(module, folder, path, raising=False)
+        capfd.readouterr()
+        try:
+            code = module.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return say
 
 
-def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout):
-    listed = script(checkout, "reproduce", "table1", "--data", "photos", "--seeds", "1", "--dry-run").stdout
-    assert "1 of 7 runs done" in listed
+def test_a_fresh_clone_has_everything_to_do(checkout, script):
+    code, out, err = script("reproduce", "table1", "--data", "photos", "--seeds", "1,2", "--dry-run")
+    assert code == 0, err
+    plan = {line.split()[0]: line for line in out.splitlines()}
+    # what is published says what it takes, not that it is done
+    assert "missing: seed 1, 2; 2.0 minutes each" in plan["photos_sgp"] and "missing: seed 1, 2" in plan["photos_osgp"]
+    assert "0 of 14 runs done" in out and not (checkout / "runs").exists()
+
+
+def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
+    mine = checkout / "results/mine"
+    mine.mkdir()
+    shutil.copy(checkout / "results/claims.csv", mine)  # what needs no runs is not computed anew, which takes a minute
+    published = {path: path.read_bytes() for path in (checkout / "results").rglob("*") if path.is_file() and mine not in path.parents}
+    readme = (checkout / "README.md").read_bytes()
+    cells = ["photos_ar_sgd", "photos_local_sgd", "photos_slowmo_local_sgd", "photos_slowmo_osgp", "photos_slowmo_sgp", "photos_sgp"]
+    for name in cells:
+        ended(checkout / "runs" / name / "seed1", name, 60.0)
+    (checkout / "runs/photos_sgp/seed1/metrics.jsonl").write_text("")  # damaged: not done
+    code, out, err = script("reproduce", "table1", "--data", "photos", "--seeds", "1", "--dry-run")
+    assert "5 of 7 runs done" in out and "photos_sgp/seed1 counts as missing: metrics.jsonl is empty" in err
     # where one of them will write stands another config's run
-    first = subprocess.run(
-        [sys.executable, "run.py", "experiment=photos_osgp", "seed=1", *TINY, "dry_run=true"], cwd=checkout, capture_output=True, text=True
-    )
-    refused = checkout / first.stdout.splitlines()[-1].split()[-1]
+    refused = checkout / command("experiment=photos_osgp", "seed=1", *TINY, "dry_run=true", cwd=checkout).fact("folder")
     refused.mkdir(parents=True)
     (refused / "config.yaml").write_text("workers: 3\n")
-    done = script(checkout, "reproduce", "table1", "--data", "photos", "--seeds", "1", "--jobs", "2", "--", *TINY)
-    assert done.returncode == 1 and "failed: run.py experiment=photos_osgp seed=1: error: " in done.stderr, done.stdout + done.stderr
-    assert len(list(checkout.glob("runs/*/seed1/result.json"))) == 5
-    runs = pd.read_csv(checkout / "results/runs.csv")
-    assert len(runs) == 6 and (checkout / "results/tables.md").exists() and (checkout / "results/report.html").exists()
-    assert "left out: " in done.stderr and done.stdout.count(" done, ") == 5
+    code, out, err = script("reproduce", "table1", "--data", "photos", "--seeds", "1", "--jobs", "2", "--", *TINY)
+    assert code == 1 and "failed: run.py experiment=photos_osgp seed=1: error: " in err, out + err
+    assert len(list(checkout.glob("runs/*/seed1/result.json"))) == len(cells) + 1 and out.count(": done, ") == 1
+    assert len(pd.read_csv(mine / "runs.csv")) == len(cells) and (mine / "tables.md").exists() and (mine / "report.html").exists()
+    assert f"left out: runs/{refused.parent.name}/seed1: its files know no 'seed'" in err
+    assert {path: path.read_bytes() for path in published} == published and (checkout / "README.md").read_bytes() == readme
 
 
 def test_wanted_runs_come_seed_after_seed_and_once():
-    specification = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts/reproduce.py")
-    reproduce = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(reproduce)
+    reproduce = loaded("reproduce", ROOT)
     jobs = reproduce.wanted(["table1", "ablations"], ("photos",), None)
     assert len(set(jobs)) == len(jobs) == 96 and [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
     assert len(reproduce.wanted(["table1"], ("ende",), None)) == 15 and len(reproduce.wanted(["table1"], ("ende",), [7])) == 5
     assert ("photos_slowmo_sgp,outer.tau=96", 3) in jobs and ("photos_slowmo_sgp,outer.tau=96", 4) not in jobs
 
 
-def test_nonsense_is_refused(checkout):
-    assert "whole numbers with commas" in script(checkout, "reproduce", "table1", "--seeds", "a").stderr
-    assert "invalid choice" in script(checkout, "reproduce", "table7").stderr
+def test_nonsense_is_refused(script):
+    assert "whole numbers with commas" in script("reproduce", "table1", "--seeds", "a")[2]
+    assert "invalid choice" in script("reproduce", "table7")[2]
 
 
-def test_tuning_keeps_all_trials_and_marks_the_best(checkout):
+def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
     """From trials that ran before: nothing is run again, and a run that diverged is never chosen."""
+    before = (checkout / "results/trials.csv").read_bytes()
     shutil.rmtree(checkout / "trials", ignore_errors=True)
-    (checkout / "results/trials.csv").unlink()
     accuracy = {("local_sgd", lr): value for lr, value in ((0.03, 50.0), (0.1, 55.0), (0.3, 52.0), (0.9, 99.0))}
     accuracy |= {(base, lr): 60 - abs(lr - 0.3) for base in ("osgp", "sgp", "ar_sgd") for lr in (0.1, 0.3, 0.9)}
     trials = [(f"photos_{base}", lr, None, value) for (base, lr), value in accuracy.items()]
     for base, lr in (("local_sgd", 0.1), ("osgp", 0.3), ("sgp", 0.3)):
         trials += [(f"photos_slowmo_{base}", lr, beta, 61.0 + beta) for beta in (0.4, 0.6, 0.8)]
     for k, (experiment, lr, beta, value) in enumerate(trials):
-        diverged = value == 99.0
-        folder = checkout / f"trials/{experiment},{k}/seed0"
-        folder.mkdir(parents=True)
-        outer = {} if beta is None else {"beta": beta}
-        config = {"seed": 0, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {"lr": lr}, "outer": outer}
-        best = {"accuracy": {"value": value, "step": 600}, "train_loss": {"value": 1.0, "step": 600}}
-        result = {"status": "diverged" if diverged else "done", "seed": 0, "step": 600, "experiment": experiment, "processes": 1,
-                  "commit": "c", "seconds_per_iteration": 0.1, "hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2"},
-                  "best": best, "last": None if diverged else {"step": 600}}  # fmt: skip
-        for name, text in (("config.yaml", config), ("result.json", result), ("metrics.jsonl", {"step": 600})):
-            (folder / name).write_text(json.dumps(text) + "\n")
-    done = script(checkout, "tune", "photos")
-    assert done.returncode == 0, done.stderr
-    assert "local_sgd: lr 0.1, β of SlowMo 0.8" in done.stdout and "ar_sgd: lr 0.3\n" in done.stdout
-    listed = pd.read_csv(checkout / "results/trials.csv")
+        ended(checkout / f"trials/{experiment},{k}/seed0", experiment, value, 0, "diverged" if value == 99.0 else "done",
+              optimizer={"lr": lr}, outer={} if beta is None else {"beta": beta})  # fmt: skip
+    code, out, err = script("tune", "photos")
+    assert not code, err
+    assert "local_sgd: lr 0.1, β of SlowMo 0.8" in out and "ar_sgd: lr 0.3\n" in out
+    path = checkout / "results/mine/trials.csv"
+    listed, text = pd.read_csv(path), path.read_text()
     assert len(listed) == len(trials) and listed[listed["chosen"]].groupby("experiment").size().tolist() == [1] * 7
-    before = (checkout / "results/trials.csv").read_text()
-    assert script(checkout, "tune", "photos").returncode == 0 and (checkout / "results/trials.csv").read_text() == before
+    assert not script("tune", "photos")[0] and path.read_text() == text
+    assert (checkout / "results/trials.csv").read_bytes() == before

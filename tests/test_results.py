@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,21 +13,28 @@ import pandas as pd
 import pytest
 from commands import command, finished
 
-from results import collect
+from results import collect, tables
+from results.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 QUADRATIC = ("task=quadratic", "workers=2", "steps=12", "evaluate.every=5", "checkpoint_every=4", "base=sgp", "outer.tau=4")
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A run that is done, one that diverged, one that was stopped."""
-    finished(*QUADRATIC, cwd=tmp_path)
-    finished(*QUADRATIC, "optimizer.lr=1e30", cwd=tmp_path)
-    finished(*QUADRATIC, "seed=2", cwd=tmp_path)
-    (stopped,) = tmp_path.glob("runs/*/seed2")
+    folder = tmp_path_factory.mktemp("made")
+    finished(*QUADRATIC, cwd=folder)
+    assert command(*QUADRATIC, "optimizer.lr=1e30", cwd=folder).code == 3
+    finished(*QUADRATIC, "seed=2", cwd=folder)
+    (stopped,) = folder.glob("runs/*/seed2")
     (stopped / "result.json").unlink()
-    return tmp_path / "runs"
+    return folder / "runs"
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "runs"))
 
 
 def table(runs, capsys=None):
@@ -63,20 +71,55 @@ def test_a_run_at_work_is_running(runs):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking took nothing
 
 
-@pytest.mark.parametrize("name, change, words", [
-    ("result.json", lambda text: text[: len(text) // 2], "result.json|Expecting|Unterminated|delimiter"),
-    ("result.json", lambda text: text.replace('"seconds": ', '"seconds": NaN, "x": '), "NaN is no number"),
-    ("result.json", lambda text: text.replace('"status": "done"', '"status": "perfect"'), "has the status perfect"),
-    ("result.json", lambda text: text.replace('"step": 12,\n "last"', '"step": 13,\n "last"'), "not of one run"),
-    ("metrics.jsonl", lambda text: text[:-30], "Expecting|Unterminated|delimiter"),
-    ("config.yaml", lambda text: text.replace("seed: 1\n", "seed: 3\n"), "not of one run"),
-    ("result.json", lambda text: text.replace('"processes"', '"procs"'), "its files know no 'processes': another version wrote them"),
+def edited(change):
+    def damage(path):
+        text = path.read_text()
+        changed = change(text)
+        assert changed != text
+        path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+
+    return damage
+
+
+def replaced(make):
+    def damage(path):
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("result.json", edited(lambda text: text[: len(text) // 2]), "result.json|Expecting|Unterminated|delimiter"),
+    ("result.json", edited(lambda text: text.replace('"seconds": ', '"seconds": NaN, "x": ')), "NaN is no number"),
+    ("result.json", edited(lambda text: text.replace('"status": "done"', '"status": "perfect"')), "has the status perfect"),
+    ("result.json", edited(lambda text: text.replace('"step": 12,\n "last"', '"step": 13,\n "last"')), "not of one run"),
+    ("metrics.jsonl", edited(lambda text: text[:-30]), "Expecting|Unterminated|delimiter"),
+    ("config.yaml", edited(lambda text: text.replace("seed: 1\n", "seed: 3\n")), "not of one run"),
+    ("result.json", edited(lambda text: text.replace('"processes"', '"procs"')), "its files know no 'processes': another version"),
+    ("result.json", edited(lambda text: ""), "result.json: Expecting value"),
+    ("result.json", edited(lambda text: "[1]"), "result.json holds list where names and values"),
+    ("result.json", edited(lambda text: "[" * 100_000), "recursion"),
+    ("result.json", edited(lambda text: text.replace('"best"', '"worst"')), "its files know no 'best'"),
+    ("metrics.jsonl", edited(lambda text: ""), "metrics.jsonl is empty"),
+    ("metrics.jsonl", edited(lambda text: "7\n" + text), "metrics.jsonl holds int where"),
+    ("metrics.jsonl", edited(lambda text: text.replace("validation_loss", "validation", 99)), "lacks the best validation_loss"),
+    ("metrics.jsonl", edited(lambda text: text.replace('"train_loss": ', '"train_loss": 1')), "rows were lost or changed"),
+    ("metrics.jsonl", edited(lambda text: b"\xff\xfe\x00"), "codec can't decode"),
+    ("metrics.jsonl", Path.unlink, "metrics.jsonl is missing"),
+    ("metrics.jsonl", replaced(Path.mkdir), "metrics.jsonl is no file"),
+    ("metrics.jsonl", replaced(os.mkfifo), "metrics.jsonl is no file"),
+    ("config.yaml", edited(lambda text: ""), "config.yaml holds nothing"),
+    ("config.yaml", edited(lambda text: "a: ["), "config.yaml is no YAML: "),
+    ("config.yaml", edited(lambda text: "- a\n- b\n"), "config.yaml holds list where"),
+    ("config.yaml", edited(lambda text: "nonsense"), "its files know no 'seed'"),
+    ("config.yaml", edited(lambda text: "seed: ${nowhere}\n"), "nowhere"),
+    ("config.yaml", Path.unlink, "config.yaml is missing"),
+    ("config.yaml", replaced(lambda path: path.symlink_to(path)), "config.yaml is no file"),
 ])  # fmt: skip
-def test_a_damaged_folder_is_named_and_left_out(name, change, words, runs, capsys):
+def test_a_damaged_folder_is_named_and_left_out(name, damage, words, runs, capsys):
     (folder,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
-    text = (folder / name).read_text()
-    assert change(text) != text
-    (folder / name).write_text(change(text))
+    damage(folder / name)
     lines = table(runs)
     said = capsys.readouterr().err
     assert sorted(lines["status"]) == ["diverged", "stopped"] and f"left out: {folder}: " in said
@@ -130,18 +173,50 @@ def test_a_run_that_went_on_replaces_its_line(runs):
     assert lines["status"].tolist().count("done") == 2 and len(lines) == 3
 
 
-def test_what_is_wrong_is_said(tmp_path):
+def test_what_is_wrong_is_said(runs, tmp_path, monkeypatch):
     def say(*words):
-        return subprocess.run([sys.executable, "-m", "results", "collect", *words], capture_output=True, text=True, cwd=ROOT)
+        monkeypatch.setattr(sys, "argv", ["results", "collect", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return str(ended.value)
 
-    assert "no folder" in say("--runs", str(tmp_path / "none")).stderr
-    (tmp_path / "runs").mkdir()
-    done = say("--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "runs.csv"))
-    assert done.returncode == 1 and "no run below" in done.stderr and not (tmp_path / "runs.csv").exists()
-    finished(*QUADRATIC, cwd=tmp_path)
+    assert "no folder" in say("--runs", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "no run below" in say("--runs", tmp_path / "empty", "--out", tmp_path / "runs.csv") and not (tmp_path / "runs.csv").exists()
     (tmp_path / "some.csv").write_text("a,b\n1,2\n")
-    done = say("--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "some.csv"))
-    assert done.returncode == 1 and "other columns" in done.stderr and (tmp_path / "some.csv").read_text() == "a,b\n1,2\n"
+    assert "other columns" in say("--runs", runs, "--out", tmp_path / "some.csv") and (tmp_path / "some.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_what_is_published_is_untouched_unless_asked(runs, tmp_path, monkeypatch, capsys):
+    """As a user calls it, in a copy of the checkout's results."""
+    published = tmp_path / "results"
+    published.mkdir()
+    for name in ("runs.csv", "curves.csv", "paper.yaml"):
+        shutil.copy(ROOT / "results" / name, published)
+    monkeypatch.setattr(tables, "HERE", published)
+    monkeypatch.setattr(tables, "MINE", published / "mine")
+
+    def say(*words):
+        monkeypatch.setattr(sys, "argv", ["results", *words])
+        main()
+        return capsys.readouterr().out
+
+    before = (published / "runs.csv").read_bytes()
+    with pytest.raises(SystemExit, match=r"run something, then python -m results collect; --publish"):
+        say("tables")
+    assert "mine/runs.csv: 3 runs" in say("collect", "--runs", str(runs))
+    say("tables")
+    assert (published / "runs.csv").read_bytes() == before and len(pd.read_csv(published / "mine/runs.csv")) == 3
+    text = (published / "mine/tables.md").read_text()
+    assert "| accuracy, best: yours | ours |" in text and "| – | 63.36 ± 1.37 (5) |" in text and not (published / "tables.md").exists()
+    with pytest.raises(SystemExit):
+        say("readme")
+    assert "add --publish" in capsys.readouterr().err
+    say("collect", "--runs", str(runs), "--publish")
+    lines = pd.read_csv(published / "runs.csv")
+    assert len(lines) == len(pd.read_csv(ROOT / "results/runs.csv")) + 3
+    ignored = subprocess.run(["git", "check-ignore", "results/mine/runs.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert ignored.stdout.strip() == "results/mine/runs.csv"
 
 
 def test_no_torch_is_imported():

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from generated import databin, tree
 from safetensors.torch import load_file
 
 import slowmo.train
-from slowmo.train import Tally
+from slowmo.train import TrainingMeter
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 # Table 1 of the paper: best training loss and best validation accuracy or BLEU, without and with SlowMo
@@ -96,12 +97,12 @@ def small(name, request) -> list[str]:
     if suite in ("imagenet", "scripts"):
         return ["data=imagenet", f"data.root={request.getfixturevalue('imagenet')}", "data.train=66", "data.validation=21",
                 "data.classes=3", "workers=4", "task.batch_size=8", "task.layers=[1,1,0,0]", "task.width=4", "task.size=32",
-                "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu", "evaluate.worker_samples=8"]  # fmt: skip
+                "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu"]  # fmt: skip
     if suite in ("wmt16", "ende"):
         return ["data=wmt16", f"data.root={request.getfixturevalue('wmt16')}", "workers=4", "task.layers=1", "task.dim=16", "task.ffn=16",
                 "task.heads=2", "task.max_tokens=48", "task.pieces=2", "cluster.threads=1", "cluster.device=cpu",
                 "evaluate.worker_samples=8"]  # fmt: skip
-    words = ["data.train=256", "data.validation=16", f"data.root={request.getfixturevalue('cache')}", "evaluate.worker_samples=8"]
+    words = ["data.train=256", "data.validation=16", f"data.root={request.getfixturevalue('cache')}"]
     if suite == "cifar10":
         words += ["data=photos", "task.width=8", "task.batch_size=64", "cluster.threads=1", "cluster.device=cpu"]
     return words
@@ -136,7 +137,7 @@ def assert_close_run(folder, expected) -> None:
     for name in right:
         np.testing.assert_allclose(left[name], right[name], rtol=1e-12, atol=1e-12)
     for row, other in zip(rows(folder), rows(expected), strict=True):
-        texts = ("evaluated", "u_norm") if other["u_norm"] is None else ("evaluated",)
+        texts = ("evaluated", "slow_momentum_norm") if other["slow_momentum_norm"] is None else ("evaluated",)
         assert all(row.pop(name) == other.pop(name) for name in texts)
         assert row == pytest.approx(other, rel=1e-9, abs=1e-12)
 
@@ -167,9 +168,9 @@ def test_every_experiment_takes_two_steps(name, request, tmp_path):
     folder = finished(f"experiment={name}", "steps=2", "epochs=null", *small(name, request), cwd=tmp_path)
     result, (row,) = strict(folder / "result.json"), rows(folder)
     assert (result["status"], result["step"], result["experiment"]) == ("done", 2, name)
-    assert row["step"] == 2 and 0 < row["train_loss"] < 1000 and row["nll_min"] <= row["nll_max"]
+    assert row["step"] == 2 and 0 < row["train_loss"] < 1000 and row["nll_worker_min"] <= row["nll_worker_max"]
     if "accuracy" in row:
-        assert 0 <= row["accuracy_min"] <= row["accuracy_max"] <= 100
+        assert 0 <= row["accuracy_worker_min"] <= row["accuracy_worker_max"] <= 100
     else:
         assert set(result["bleu"]) == {"valid", "test"} and all(0 <= facts["bleu"] <= 100 for facts in result["bleu"].values())
     assert folder.parent.name.startswith(name) and folder.name == "seed1"
@@ -288,6 +289,76 @@ def test_through_torchrun(straight, tmp_path):
     assert_close_run(result.parent, straight)
 
 
+# ---- sweeps
+
+
+SHORT = ("task=quadratic", "workers=4", "steps=6", "outer.tau=3", "dtype=float64")
+
+
+def test_a_refusal_does_not_end_a_sweep(tmp_path):
+    """Nor does one that Hydra itself finds, nor an error that nobody foresaw; the largest exit code is the sweep's."""
+    done = command("-m", *SHORT, "outer.beta=1.5,0.5", "seed=1,2", cwd=tmp_path)
+    assert done.code == 2 and done.err == 2 * "error: beta=1.5: the slow momentum lies in [0, 1)\n"
+    assert done.out.endswith(
+        "4 jobs: 2 refused, 2 done\n"
+        "  refused     outer.beta=1.5 seed=1  beta=1.5: the slow momentum lies in [0, 1)\n"
+        "  refused     outer.beta=1.5 seed=2  beta=1.5: the slow momentum lies in [0, 1)\n"
+        "  done        outer.beta=0.5 seed=1\n  done        outer.beta=0.5 seed=2\n"
+    )
+    assert len(list(tmp_path.glob("runs/*/seed*/result.json"))) == len(list(tmp_path.glob("runs/*/*"))) == 2
+    done = command("-m", *SHORT[:3], "outer=nope,none,average", "base=local_sgd,sgp", "outer.tau=3", "runs=other", cwd=tmp_path)
+    assert done.code == 2 and "6 jobs: 4 refused, 2 done" in done.out and "Traceback" not in done.err
+    assert "refused     outer=nope base=sgp" in done.out and "done        outer=average base=sgp" in done.out
+
+    def bug(rank):
+        def raise_it():
+            raise ZeroDivisionError("of nobody's making")
+
+        at_call(TrainingMeter, "start", 3, raise_it)
+
+    done = command("-m", *SHORT, "seed=1,2", "runs=third", cwd=tmp_path, before=bug)
+    assert done.code == 1 and "Traceback" in done.err and "2 jobs: 1 failed, 1 done" in done.out
+    assert "  failed      seed=1  ZeroDivisionError: of nobody's making\n" in done.out
+    assert [path.parent.name for path in tmp_path.glob("third/*/*/result.json")] == ["seed2"]
+
+
+def test_a_signal_ends_a_sweep(tmp_path):
+    done = command("-m", *SHORT, "steps=50", "seed=1,2,3", cwd=tmp_path, before=signal_at_step(13, signal.SIGTERM))
+    assert done.code == 128 + signal.SIGTERM and "saved at step 13" in done.out
+    assert "3 jobs: 1 stopped, 2 not started" in done.out and [path.name for path in tmp_path.glob("runs/*/*")] == ["seed1"]
+
+
+def test_options_in_a_sweep_have_their_own_values(tmp_path):
+    """A sweep over a group that the experiment sets values of."""
+    words = ("experiment=photos_slowmo_sgp", "outer=slowmo,lookahead,none", "dry_run=true")
+    done = command("-m", *words, cwd=tmp_path)
+    assert done.code == 0 and "3 jobs: 3 done" in done.out, done.text
+    for title in ("slowmo (tau = 12, alpha = 1.0, beta = 0.4,", "lookahead (tau = 5, alpha = 0.5, beta = 0.0,", "none\n"):
+        assert f"outer = {title}" in done.out
+
+
+def test_sweeps_on_two_processes(tmp_path):
+    """All processes run all jobs, also after a refused one, and meet anew for each."""
+    words = (*SHORT, "outer.beta=0.5,2.0", "seed=1,2,3")
+    done = command("-m", *words, cwd=tmp_path, processes=2)
+    assert done.codes == [2, 2] and done.out.count("6 jobs: 3 done, 3 refused") == 1 and done.out.count("processes = 2 (2 a process)") == 3
+    assert command("-m", *words, "runs=alone", cwd=tmp_path).code == 2
+    for seed in (1, 2, 3):
+        (two,), (alone,) = (tmp_path.glob(f"{runs}/*/seed{seed}") for runs in ("runs", "alone"))
+        assert_close_run(two, alone)
+
+
+def test_a_sweep_through_torchrun(tmp_path):
+    """Its agent keeps one store for all jobs."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(ROOT / "run.py"), "-m", *SHORT, "seed=1,2"], check=False, cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 2 and "2 jobs: 2 done" in done.stdout
+    assert [strict(path)["processes"] for path in tmp_path.glob("runs/*/*/result.json")] == [2, 2]
+
+
 # ---- stopped and killed runs
 
 
@@ -316,21 +387,21 @@ class Place:
         return f"{'after' if self.after else 'at'} {self.name} {self.count}"
 
 
-# fsync: two at the start (metrics, config), one a metric row, and a checkpoint's workers, its global file and its manifest.
-# replace: two at the start, then final.npz and result.json
+# fsync: two at the start (config, metrics), two an evaluation (model, row), and a checkpoint's workers, its global file and its manifest.
+# replace: two at the start, ten models, then final.npz and result.json
 PLACES = [
-    Place(Tally, "start", 3),  # nothing saved yet
-    Place(Tally, "start", 20),
-    Place(Tally, "start", 46),
-    Place(os, "fsync", 5),  # the second worker of the first checkpoint
-    Place(os, "fsync", 9),  # the manifest of the first checkpoint
+    Place(TrainingMeter, "start", 3),  # nothing saved yet
+    Place(TrainingMeter, "start", 20),
+    Place(TrainingMeter, "start", 46),
+    Place(os, "fsync", 5),  # the workers of the first checkpoint
+    Place(os, "fsync", 7),  # the manifest of the first checkpoint
     Place(os, "rename", 1),  # whole, but not yet under its name
     Place(os, "rename", 1, after=True),
     Place(os, "rename", 3, after=True),  # three of them
-    Place(os, "unlink", 4),  # an old one half deleted
-    Place(json, "dumps", 4),  # a metric row is due
-    Place(os, "replace", 3),  # final.npz without its name
-    Place(os, "replace", 4),  # all done, only result.json is missing
+    Place(os, "unlink", 2),  # an old one half deleted
+    Place(json, "dumps", 3),  # a metric row is due
+    Place(os, "replace", 13),  # final.npz without its name
+    Place(os, "replace", 14),  # all done, only result.json is missing
 ]
 
 
@@ -345,7 +416,7 @@ def test_killed_again_and_again(straight, tmp_path):
     """One run, at moments of a fixed seed; some of them bring it no further than it was."""
     rng = random.Random(20)
     for steps in [rng.randint(1, 12) for _ in range(4)]:
-        assert command(*SGP, cwd=tmp_path, before=Place(Tally, "start", steps)).code == -signal.SIGKILL
+        assert command(*SGP, cwd=tmp_path, before=Place(TrainingMeter, "start", steps)).code == -signal.SIGKILL
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
 
 
@@ -354,7 +425,7 @@ def test_killed_by_the_clock(straight, tmp_path):
     rng, killed = random.Random(5), 0
 
     def before(delay):
-        return lambda rank: at_call(Tally, "start", 1, threading.Timer(delay, die).start)
+        return lambda rank: at_call(TrainingMeter, "start", 1, threading.Timer(delay, die).start)
 
     for _ in range(3):
         killed += command(*SGP, cwd=tmp_path, before=before(rng.uniform(0, 0.02))).code == -signal.SIGKILL
@@ -365,7 +436,7 @@ def test_killed_by_the_clock(straight, tmp_path):
 def test_killed_as_one_of_two_processes(straight_on_two, tmp_path):
     """The other one notices (here soon, by its timeout); both together go on later."""
     words = (*SGP, "cluster.timeout=20")
-    started = Command(*words, cwd=tmp_path, processes=2, before=lambda rank: rank and Place(Tally, "start", 30)(rank))
+    started = Command(*words, cwd=tmp_path, processes=2, before=lambda rank: rank and Place(TrainingMeter, "start", 30)(rank))
     try:
         done = started.wait(60)
     finally:
@@ -375,7 +446,7 @@ def test_killed_as_one_of_two_processes(straight_on_two, tmp_path):
 
 
 def test_half_a_metric_row_is_no_row(straight, tmp_path):
-    assert command(*SGP, cwd=tmp_path, before=Place(Tally, "start", 18)).code == -signal.SIGKILL
+    assert command(*SGP, cwd=tmp_path, before=Place(TrainingMeter, "start", 18)).code == -signal.SIGKILL
     (metrics,) = tmp_path.rglob("metrics.jsonl")
     with open(metrics, "a") as file:
         file.write('{"step": 20, "epo')
@@ -397,12 +468,13 @@ def numbers(row) -> dict:
 
 
 def same_files(folder, expected, part) -> dict:
-    """Bitwise, tensor by tensor; the last file's."""
-    names = sorted(path.relative_to(expected / part) for path in (expected / part).rglob("*.safetensors"))
-    assert names and names == sorted(path.relative_to(folder / part) for path in (folder / part).rglob("*.safetensors"))
-    for name in names:
-        left, right = (load_file(path / part / name) for path in (folder, expected))
-        assert left.keys() == right.keys() and all((left[key] == right[key]).all() for key in right), name
+    """Bitwise, tensor by tensor, whichever rank's file of a checkpoint has it; the first run's tensors."""
+    left, right = {}, {}
+    for found, path in ((left, folder / part), (right, expected / part)):
+        for file in path.rglob("*.safetensors"):
+            name = file.name if part == "models" else ""
+            found |= {name + key: value for key, value in load_file(file).items()}
+    assert right and left.keys() == right.keys() and all((left[key] == right[key]).all() for key in right)
     return left
 
 
@@ -413,13 +485,14 @@ def test_killed_with_real_data(task, request, tmp_path):
     words = real(task, request)
     expected = finished(*words, "runs=straight", cwd=tmp_path)
     for step in (6, 6):  # the second counts from the checkpoint of step 4
-        assert command(*words, cwd=tmp_path, before=Place(Tally, "start", step)).code == -signal.SIGKILL
+        assert command(*words, cwd=tmp_path, before=Place(TrainingMeter, "start", step)).code == -signal.SIGKILL
     folder = finished(*words, cwd=tmp_path)
     assert rows(folder) == rows(expected)
     state = same_files(folder, expected, "checkpoints/step-000000011")
     same_files(folder, expected, "models")
-    assert {"z", "w", "own.buffers"} | {f"optimizer.{'exp_avg' if task == 'wmt16' else 'momentum_buffer'}"} <= state.keys()
-    assert task == "wmt16" or state["own.buffers"].std() > 0
+    momentum = "exp_avg" if task == "wmt16" else "momentum_buffer"
+    assert {f"{i}/{key}" for i in range(4) for key in ("z", "w", "own.buffers", f"optimizer.{momentum}")} <= state.keys()
+    assert task == "wmt16" or state["3/own.buffers"].std() > 0
     assert [strict(path / "result.json").get("bleu") for path in (folder,)] == [strict(expected / "result.json").get("bleu")]
 
 
@@ -450,7 +523,7 @@ def test_loaders_survive_the_signal_of_their_run(request, tmp_path):
         for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
             os.kill(process, signal.SIGTERM)
 
-    done = command(*words, cwd=tmp_path, before=lambda rank: at_call(Tally, "start", 5, everybody))
+    done = command(*words, cwd=tmp_path, before=lambda rank: at_call(TrainingMeter, "start", 5, everybody))
     assert done.code == 128 + signal.SIGTERM and "SIGTERM: saved at step 5" in done.out, done.text
     folder = finished(*words, cwd=tmp_path)
     assert rows(folder) == rows(expected)
@@ -470,7 +543,7 @@ def test_signals(number, straight, tmp_path):
 
 def test_a_second_signal_ends_at_once(straight, tmp_path):
     def before(rank):
-        at_call(Tally, "start", 13, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
+        at_call(TrainingMeter, "start", 13, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
 
     assert command(*SGP, cwd=tmp_path, before=before).code == -signal.SIGTERM
     assert_same_run(finished(*SGP, cwd=tmp_path), straight)
@@ -534,7 +607,7 @@ def test_stopped_from_outside(tmp_path):
 def test_asked_again_after_the_end(tmp_path):
     folder = finished(*SGP, cwd=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    done = command(*SGP, cwd=tmp_path, before=lambda rank: at_call(Tally, "start", 1, die))
+    done = command(*SGP, cwd=tmp_path, before=lambda rank: at_call(TrainingMeter, "start", 1, die))
     assert done.code == 0 and "already done at step 46" in done.out and "delete the folder" in done.out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     assert command(*SGP, cwd=tmp_path, processes=2).out.count("already done at step 46") == 1
@@ -564,11 +637,11 @@ def no_object(path):
 
 
 DAMAGES = [
-    (flip, "worker-00002.safetensors"),
+    (flip, "rank-00000.safetensors"),
     (flip, "global.safetensors"),
-    (halve, "worker-00000.safetensors"),
+    (halve, "rank-00000.safetensors"),
     (halve, "manifest.json"),
-    (Path.unlink, "worker-00003.safetensors"),
+    (Path.unlink, "rank-00000.safetensors"),
     (rename_count, "manifest.json"),
     (no_object, "manifest.json"),
 ]
@@ -595,45 +668,43 @@ def test_a_damaged_checkpoint_is_passed_over(damage, name, stopped, straight, tm
     assert_same_run(folder, straight)
 
 
-def test_a_checkpoint_damaged_for_one_of_two_processes(stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "runs")
-    (newest,) = tmp_path.rglob("step-000000023")
-    flip(newest / "worker-00003.safetensors")  # of process 1
+def test_a_checkpoint_damaged_for_one_of_two_processes(tmp_path):
+    stop = signal_at_step(23, signal.SIGTERM)
+    assert command(*SGP, cwd=tmp_path, processes=2, before=stop).code == 128 + signal.SIGTERM
+    (newest,) = tmp_path.rglob("step-000000024")
+    flip(newest / "rank-00001.safetensors")
     done = command(*SGP, cwd=tmp_path, processes=2)
     assert done.codes == [0, 0], done.text
-    assert done.out.count("checkpoint step-000000023 is damaged") == 1 and "resumed at step 21" in done.out
+    assert done.out.count("checkpoint step-000000024 is damaged") == 1 and "resumed at step 21" in done.out
 
 
-@pytest.fixture
-def without_checkpoints(stopped, tmp_path):
-    """What a run says that finds both of its checkpoints damaged; it has ended."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_checkpoints_damaged(processes, stopped, straight, tmp_path):
+    """Never from step 0 on, over metrics of later steps, unless asked; then what was there is moved aside."""
     shutil.copytree(stopped, tmp_path / "runs")
     for path in tmp_path.rglob("manifest.json"):
         halve(path)
-    done = command(*SGP, cwd=tmp_path)
-    assert done.code == 0, done.text
-    return done
-
-
-def test_all_checkpoints_damaged(without_checkpoints, straight, tmp_path):
-    assert "step-000000023 is damaged" in without_checkpoints.out and "step-000000021 is damaged" in without_checkpoints.out
-    assert "resumed" not in without_checkpoints.out
-    (final,) = tmp_path.rglob("final.npz")
-    for path in final.parent.rglob("*.damaged"):
-        shutil.rmtree(path)
-    assert_same_run(final.parent, straight)
-
-
-def test_all_checkpoints_damaged_is_said(without_checkpoints):
-    assert any(word in without_checkpoints.out for word in ("afresh", "from the start", "from the beginning", "starting over"))
+    (folder,) = tmp_path.glob("runs/*/seed1")
+    for words in ("step-000000023 is damaged", "shows training up to step 23"):  # the second time nothing is left to be called damaged
+        done = command(*SGP, cwd=tmp_path, processes=processes)
+        assert done.codes == [2] * processes and "Traceback" not in done.err and done.err.count("error: ") == 1
+        assert words in done.err and "start anew with resume=never" in done.err
+        assert strict(folder / "metrics.jsonl")[-1]["step"] == 20
+    done = command(*SGP, "resume=never", cwd=tmp_path)
+    assert done.code == 0 and f"resume=never: what was there is in {folder.relative_to(tmp_path)}/.old-1" in done.out
+    assert checkpoints(folder / ".old-1") == ["step-000000021.damaged", "step-000000023.damaged"]
+    shutil.rmtree(folder / ".old-1")
+    assert_same_run(folder, straight)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_diverged(processes, tmp_path):
-    """A row's null for what is not finite, in strict JSON; an end, and no failure."""
+    """A row's null for what is not finite, in strict JSON; when it was, what it was, and what to lower."""
     words = ("task=quadratic", "workers=2", "steps=400", "optimizer.lr=1e4", "evaluate.every=4", "base=sgp")
     done = command(*words, cwd=tmp_path, processes=processes)
-    assert done.codes == [0] * processes and "diverged: " in done.out
+    assert done.codes == [3] * processes and "diverged: " in done.out and done.out.count("diverged between steps ") == 1
+    # a loss grows 1e8 times a step: past float32's range at the sixth
+    assert re.search(r"between steps 5 and 8: the training loss of worker [01] became (inf|nan); lower optimizer.lr=10000 \(", done.out)
     (path,) = tmp_path.rglob("result.json")
     result, lines = strict(path), strict(path.parent / "metrics.jsonl")
     assert result["status"] == "diverged" and result["step"] < 400
@@ -642,7 +713,7 @@ def test_diverged(processes, tmp_path):
     assert not (path.parent / "final.npz").exists()
     before = path.stat().st_mtime_ns
     done = command(*words, cwd=tmp_path, processes=processes)
-    assert done.codes == [0] * processes and done.out.count(f"already diverged at step {result['step']}") == 1
+    assert done.codes == [3] * processes and done.out.count(f"already diverged at step {result['step']}") == 1
     assert path.stat().st_mtime_ns == before
 
 
@@ -654,7 +725,7 @@ def test_one_run_a_folder_at_a_time(straight, tmp_path):
             while not (tmp_path / "go").exists():
                 time.sleep(0.005)
 
-        at_call(Tally, "start", 10, wait)
+        at_call(TrainingMeter, "start", 10, wait)
 
     first = Command(*SGP, cwd=tmp_path, before=hold)
     try:

@@ -193,17 +193,29 @@ def test_cancelled_stays_cancelled(slurm, tmp_path):
 
 
 def test_a_sweep_is_one_array(slurm, tmp_path):
-    """Four runs, one of them nonsense: it fails by itself, once, and the others finish."""
+    """Four runs, one of them nonsense: it is not submitted, and the others finish."""
     words = [word for word in QUADRATIC if not word.startswith(("outer.tau", "steps"))]
-    job = submit("-m", *words, "steps=40", "outer.tau=4,0,5,6", "launch=slurm", cwd=tmp_path)
-    states = [ended(tmp_path, f"{job}_{k}") for k in range(4)]
-    assert [state["JobState"] for state in states] == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"]
+    done = run("-m", *words, "steps=40", "outer.tau=4,0,5,6", "launch=slurm", cwd=tmp_path)
+    assert done.returncode == 2 and "4 jobs: 3 submitted, 1 refused" in done.stdout and "error: tau=0" in done.stderr
+    job = re.search(r"^job (\d+)", done.stdout, re.M)[1]
+    states = [ended(tmp_path, f"{job}_{k}") for k in range(3)]
+    assert [state["JobState"] for state in states] == ["COMPLETED"] * 3
     assert {state["ArrayJobId"] for state in states} == {job} and {state["Restarts"] for state in states} == {"0"}
-    assert states[1]["ExitCode"] == "2:0" and "error: tau=0" in log(tmp_path, f"{job}_1", 0, "err")
     assert len(list(tmp_path.glob("runs/*/seed1/result.json"))) == 3
+
+
+def test_what_a_job_finds_wrong_is_collected(slurm, tmp_path):
+    """Data that are there for the login node and not for the job: it fails once, in its own words."""
+    np.savez(tmp_path / "problem.npz", A=np.ones((4, 1, 1)), b=np.ones((4, 1)), x0=np.ones(1))
+    words = [word for word in QUADRATIC if not word.startswith("steps")]
+    setup = f"launch.setup=['rm -f {tmp_path}/problem.npz']"
+    job = submit(*words, "steps=40", "task.problem=problem.npz", "launch=slurm", setup, cwd=tmp_path)
+    state = ended(tmp_path, job)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "error: task.problem=problem.npz" in log(tmp_path, job, 0, "err")
     collected = subprocess.run([sys.executable, "-m", "results", "collect", "--runs", tmp_path / "runs", "--out", tmp_path / "runs.csv"],
                                capture_output=True, text=True, cwd=ROOT)  # fmt: skip
-    assert "3 runs (3 done)" in collected.stdout and f"failed: job {job}_1: tau=0" in collected.stderr
+    assert f"job {job}: task.problem=problem.npz" in collected.stdout + collected.stderr
 
 
 def test_a_run_that_diverged_is_not_queued_again(slurm, tmp_path):
@@ -217,5 +229,5 @@ def test_waiting_follows_the_log(slurm, tmp_path):
     done = run(*words, "steps=60", "launch=slurm", "launch.wait=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 50/60" in done.stdout and re.search(r"job \d+: COMPLETED", done.stdout)
-    failed = run("-m", *words, "steps=60", "outer.tau=0", "launch=slurm", "launch.wait=true", cwd=tmp_path)
+    failed = run(*words, "steps=60", "launch=slurm", "launch.wait=true", "launch.setup=['exit 3']", "runs=other", cwd=tmp_path)
     assert failed.returncode == 1 and "FAILED" in failed.stdout

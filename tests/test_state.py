@@ -250,7 +250,7 @@ def test_workers_are_read_one_after_another():
     load_state_dict(fresh, saved | {"workers": files})
     assert_same_state(state_dict(fresh), saved)
     rows = [row for row, _ in itertools.groupby(files.read)]
-    assert [row for row in rows[-3:]] == [0, 1, 2]
+    assert list(rows[-3:]) == [0, 1, 2]
 
 
 # --- memory and dtypes ---
@@ -269,7 +269,9 @@ def test_saving_one_of_32_replicas_writes_its_own_bytes_only(vectorize):
     class Wide(Scalars):
         def model(self):
             torch.manual_seed(0)
-            return torch.nn.Sequential(torch.nn.Linear(1000, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1000), torch.nn.BatchNorm1d(1000))
+            return torch.nn.Sequential(
+                torch.nn.Linear(1000, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1000), torch.nn.BatchNorm1d(1000)
+            )
 
         def batches(self, step, workers, part):
             return [torch.randn(3, 1000, generator=torch.Generator().manual_seed(1000 * step + i)) for i in workers]

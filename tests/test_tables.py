@@ -4,12 +4,12 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from commands import command
 from listed import lines, written
 from scipy import stats
 
@@ -159,12 +159,27 @@ def test_layouts_name_runs_as_their_folders_are():
     assert rows["imagenet_slowmo_sgp"] == "SGP + SlowMo, τ = 48" and rows["imagenet_slowmo_sgp,outer.tau=12"] == "SGP + SlowMo, τ = 12"
 
 
-@pytest.mark.parametrize("run", ["photos_slowmo_sgp,outer.buffers=maintain", "ende_ar_adam,outer=slowmo,outer.beta=0.4"])
-def test_the_commands_lead_to_folders_of_these_names(run):
+@pytest.mark.parametrize("run", ["photos_slowmo_sgp,outer.buffers=maintain", "imagenet_ar_sgd,outer=slowmo,outer.beta=0.4"])
+def test_the_commands_lead_to_folders_of_these_names(run, tmp_path):
     assert any(run == row[1] for table in tables.layout(run.split("_")[0]) for row in table.rows)
     words = tables.command(run, [2]).split()[2:]
-    done = subprocess.run([sys.executable, "run.py", *words, "dry_run=true"], cwd=ROOT, capture_output=True, text=True)
-    assert f"runs/{run}/seed2" in done.stdout, done.stdout + done.stderr
+    done = command(*words, "dry_run=true", cwd=tmp_path)
+    assert f"runs/{run}/seed2" in done.out, done.text
+    assert all(path.name.startswith("log-") for path in tmp_path.iterdir())  # a plan writes nothing and fetches nothing
+
+
+def test_yours_stand_beside_ours_and_the_papers(tmp_path):
+    ours = tables.Runs(written(tmp_path / "ours", lines("cifar10_sgp", [93.0, 94.0]), lines("cifar10_osgp", [92.0])))
+    yours = tables.Runs(written(tmp_path / "mine", lines("cifar10_sgp", [91.0])))
+    table = next(table for table in tables.layout("cifar10") if table.key == "table1")
+    text = tables.markdown(table, tables.cells(table, yours, ours))
+    head, _, *rows, _, rule, _ = [line.split(" | ") for line in text.split("\n")]
+    at = head.index("accuracy, best: yours")
+    assert head[at : at + 4] == ["accuracy, best: yours", "ours", "paper", "difference"]
+    cells = {row[0].removeprefix("| "): row[at : at + 4] for row in rows}
+    assert cells["SGP"] == ["91.00 (1)", "93.50 ± 0.71 (2)", "93.90", "−2.90"] and cells["OSGP"][:2] == ["–", "92.00 (1)"]
+    assert "yours: mean ±" in rule[0] and "yours less the paper's" in rule[0] and "ours: the runs published" in rule[0]
+    assert tables.latex(table, tables.cells(table, yours, ours)).count("yours") == 2 + 3  # two in the rule, three metrics
 
 
 def test_latex_is_escaped_and_whole(tmp_path):

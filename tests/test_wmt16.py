@@ -19,11 +19,12 @@ from helpers import BASES, sgd
 from processes import spawn
 
 import slowmo
-from experiments.runner import folder
+from experiments.runner import run_dir
+from experiments.runner.recorder import RunRecorder
 from experiments.wmt16 import WMT16
 from slowmo.cluster import Cluster
 from slowmo.replicas import Replicas
-from slowmo.train import Tally, evaluate, train
+from slowmo.train import TrainingMeter, evaluate, train
 
 ROOT = Path(__file__).parent.parent
 WORKERS = 2
@@ -146,10 +147,10 @@ def rows_after(make, base, steps, processes_of=None, workers=WORKERS):
     """Rows after some steps of SlowMo, the metric row beside them."""
     task = make(workers=workers)
     cluster = Cluster(workers)
-    replicas = Replicas(task.model(), cluster, accumulate=task.pieces // cluster.node)
+    replicas = Replicas(task.model(), cluster, accumulate=task.pieces // cluster.worker_size)
     algorithm = BASES[base](replicas, sgd(replicas.rows, lr=0.5, momentum=0.9))  # Adam would blow up roundings of tiny gradients
     algorithm = slowmo.SlowMo(algorithm, tau=2, beta=0.5, buffers="maintain")
-    tally = Tally(len(cluster.ranks), torch.device("cpu"))
+    tally = TrainingMeter(len(cluster.local_workers), torch.device("cpu"))
     for _ in train(task, replicas, algorithm, lambda step: 0.5, steps, 1, tally):
         pass
     row, _ = evaluate(task, replicas, algorithm, tally)
@@ -174,7 +175,7 @@ def test_pieces_add_up_before_one_step(make):
     task = make(dropout=0.0)
     replicas = Replicas(task.model(), Cluster(WORKERS), accumulate=4)
     algorithm = slowmo.LocalSGD(replicas, sgd(replicas.rows, lr=0.1))
-    for _ in train(task, replicas, algorithm, lambda step: 0.1, 1, 1, Tally(2, torch.device("cpu"))):
+    for _ in train(task, replicas, algorithm, lambda step: 0.1, 1, 1, TrainingMeter(2, torch.device("cpu"))):
         pass
     for i, replica in enumerate(replicas.models):
         twin = task.model()
@@ -195,15 +196,15 @@ def trained(make, tmp_path_factory):
     task = make(dim=32, ffn=64, dropout=0.0, max_tokens=256, pieces=1, label_smoothing=0.0)
     model, path = task.model(), tmp_path_factory.mktemp("models")
     optimizer, files = torch.optim.Adam(model.parameters(), lr=0.01), []
-    book = folder.Book(path, SimpleNamespace(evaluate=SimpleNamespace(keep=3)), Cluster(1))
+    book = RunRecorder(path, SimpleNamespace(evaluate=SimpleNamespace(keep=3)), Cluster(1))
     for step in range(360):
         for piece in task.batches(step, range(2), (0, 1)):
             task.loss(model, piece).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step >= 350 and step % 3 == 0:
-            book.keep(step, model)
-    files = folder.kept(path)
+            book.save_model(step, model)
+    files = run_dir.saved_models(path)
     assert [file.name for file in files] == [f"step-{step:09d}.safetensors" for step in (351, 354, 357)]
     return task, files
 
@@ -214,7 +215,7 @@ def test_tied_weights_survive_a_file(trained):
     tied = [model.encoder.embed_tokens.weight, model.decoder.embed_tokens.weight, model.decoder.output_projection.weight]
     assert len({p.data_ptr() for p in tied}) == 1
     other = task.model()
-    folder.load_model(files[-1], other)
+    run_dir.load_model(files[-1], other)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -337,4 +338,4 @@ def test_autocast_keeps_rows_in_their_dtype(make):
 ])  # fmt: skip
 def test_nonsense_is_refused(options, words, make):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        make(**options)
+        next(make(**options).batches(0, range(1), (0, 1)))  # a plan needs no data, a run does

@@ -3,6 +3,7 @@
 Noto fonts are not everywhere, so two invented systems, small and capital Latin letters, are drawn with the font inside Pillow.
 """
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -165,7 +166,7 @@ def test_a_killed_making_is_not_taken_for_a_set(fonts, tmp_path, monkeypatch):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     left, = tmp_path.glob("scripts-*")
-    assert left.suffix == ".tmp" and len(files(left)) == 30
+    assert left.suffix == ".partial" and len(files(left)) == 30
     path = writing.make(tmp_path, fonts=fonts, **COUNTS)
     assert list(tmp_path.glob("scripts-*")) == [path] and len(files(path)) == 126
 
@@ -200,7 +201,7 @@ def test_several_processes_make_it_once(fonts, tmp_path, monkeypatch):
 
 
 def test_another_host_may_be_first_where_locks_do_not_work(fonts, tmp_path, monkeypatch):
-    real, working = writing._write, tmp_path / "scripts-of-another.host.1.tmp"
+    real, working = writing._write, tmp_path / "scripts-of-another.host.1.partial"
     working.mkdir()
 
     def write(aside, *arguments):
@@ -209,11 +210,11 @@ def test_another_host_may_be_first_where_locks_do_not_work(fonts, tmp_path, monk
         first.mkdir()
         (first / "about.json").write_text("of the other host")
 
-    def flock(*_):
-        raise OSError("No locks available")
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(writing, "_write", write)
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
     path = writing.make(tmp_path, fonts=fonts, **COUNTS)
     assert files(path) == {"about.json": b"of the other host"}
     assert set(tmp_path.glob("scripts-*")) == {path, working}

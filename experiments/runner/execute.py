@@ -1,86 +1,150 @@
 """A run from wherever its folder stands to its end, or to a signal, or to a NaN."""
 
-import fcntl
+import contextlib
 import math
+import os
 import signal
+import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
-from experiments.runner import folder, plan
+from experiments import files
+from experiments.runner import run_dir
+from experiments.runner.build import algorithm as algorithm_of
+from experiments.runner.loggers import Loggers
 from experiments.runner.progress import Progress
+from experiments.runner.recorder import RunRecorder
 from slowmo import checkpoint
+from slowmo.checkpoint import everywhere
 from slowmo.cluster import Cluster
-from slowmo.replicas import Replicas
-from slowmo.train import Tally, evaluate, train
+from slowmo.evaluate import evaluate, evaluate_workers
+from slowmo.state import load_state_dict, state_dict
+from slowmo.train import TrainingMeter, train
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
 DIVERGED = 1000  # above every signal's number
+# exit codes, besides 128 + a signal's number: see launch.py
+ALONE, NAN = 1, 3
 stopped_by = [0]
 
 
-def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
-    """Train from wherever the run's folder stands to its end, or to a signal, or to a NaN."""
+def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
+    """Train from wherever the run's folder stands to its end, or to a signal, or to a NaN; the exit code.
+
+    OSError or ValueError, on every rank, for a folder or a machine on which the run cannot go on.
+    """
     cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
-    lock = _lock(path, cluster)
-    if result := folder.earlier(path, cfg, cluster):
-        if cluster.leader:
+    try:
+        with contextlib.ExitStack() as held:
+            code = _execute(cfg, task, schedule, steps, path, cluster, held)
+    except OSError as error:
+        if error.errno is None:  # its words name the remedy
+            raise
+        kind = checkpoint.PeerError if isinstance(error, checkpoint.PeerError) else OSError
+        raise kind(f"{error}: when that is mended, the same command goes on from where it can") from None
+    except RuntimeError as error:
+        if cluster.world_size == 1 or not _lost(error):
+            raise
+        reason = f"another process of this run has ended, or does not answer ({str(error).splitlines()[0]})"
+        print(f"error: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return ALONE
+    cluster.close()
+    return code
+
+
+def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: Cluster, held: contextlib.ExitStack) -> int:
+    result, complaints = _open(cfg, path, cluster, held)
+    if result:
+        if cluster.is_main:
+            if "diverged" in result:
+                print(f"diverged {result['diverged']}")
             print(f"already {result['status']} at step {result['step']}, see {path / 'result.json'}; delete the folder to run it again")
-        return
-    replicas = Replicas(task.model(), cluster, accumulate=max(1, task.pieces // cluster.node), loss_scale=task.loss_scale)
-    optimizer = plan.build(cfg.optimizer, [replicas.rows])
-    algorithm = plan.build(cfg.base, replicas, optimizer)
-    if cfg.outer.get("_target_"):
-        algorithm = plan.build(cfg.outer, algorithm)
-    tally = Tally(len(cluster.ranks), cluster.device)
-    book = folder.Book(path, cfg, cluster)
-    progress = Progress(steps, cluster.leader)
+        return NAN if result["status"] == "diverged" else 0
+    saved, damages = checkpoint.load(path / "checkpoints", cluster)
+    with everywhere(cluster):
+        if not saved and cluster.is_main and (reached := run_dir.trained_to(path)):
+            reason = f"{path} shows training up to step {reached} and has no whole checkpoint to go on from"
+            remedy = "put one back, or start anew with resume=never (nothing is deleted)"
+            raise ValueError("; ".join([*complaints, *damages, f"{reason}: {remedy}"]))
+    replicas, algorithm = algorithm_of(cfg, task.model(), cluster, max(1, task.pieces // cluster.worker_size), task.loss_scale)
+    meter = TrainingMeter(len(cluster.local_workers), cluster.device)
+    recorder = RunRecorder(path, cfg, cluster)
+    progress = Progress(steps, cluster.is_main, path / "log.txt")
 
     def save() -> None:
-        tally.settle()
-        rows, shared = algorithm.state()
-        own = {"buffers": replicas.buffers(), "losses": tally.losses.unsqueeze(1)}
-        state = {"step": algorithm.steps, "seconds": tally.seconds, "count": tally.count}
-        checkpoint.save(path / "checkpoints", algorithm.steps, cluster, rows, own, shared, state)
+        meter.synchronize()
+        found = state_dict(algorithm)
+        workers = [worker | {"own.loss": meter.losses[row]} for row, worker in enumerate(found["workers"])]
+        state = {key: found[key] for key in ("steps", "groups")}
+        state |= {"seconds": meter.seconds, "count": meter.count, "record": recorder.state()}
+        checkpoint.save(path / "checkpoints", algorithm.steps, cluster, workers, found["shared"], state)
+        recorder.saved()
 
-    loaded, complaints = checkpoint.load(path / "checkpoints", cluster)
-    for complaint in complaints:
+    for complaint in (*(f"{text}: made anew" for text in complaints), *damages):
         progress.say(complaint)
-    if loaded:
-        rows, own, shared, state = loaded
-        algorithm.load(rows, shared)
-        replicas.load_buffers(own["buffers"])
-        tally.losses.copy_(own["losses"][:, 0])
-        tally.seconds, tally.count = state["seconds"], state["count"]
+    if saved:
+        _restore(saved, cluster, algorithm, meter)
         progress.say(f"resumed at step {algorithm.steps}")
-    book.open(algorithm.steps)
+    elif damages or complaints:
+        progress.say("no whole checkpoint is left: starting afresh")
+    for complaint in recorder.resume(saved.state["record"] if saved else None):
+        progress.say(complaint)
+    del saved  # nothing of it lives on
+    if recorder.lacks_model(algorithm.steps):
+        losses, count = meter.losses.clone(), meter.count  # an evaluation starts a new row, and this one is none
+        recorder.save_model(algorithm.steps, evaluate(task, replicas, algorithm, meter, cfg.evaluate.batchnorm)[1])
+        meter.losses.copy_(losses)
+        meter.count = count
 
-    def note(step: int) -> bool:
-        """Evaluate and write the row down; False, and no row, when the model is NaN already though no loss has shown it."""
-        row, model = evaluate(task, replicas, algorithm, tally, cfg.evaluate.batchnorm, cfg.evaluate.worker_samples)
-        if not (math.isfinite(row["validation_loss"]) and math.isfinite(row["spread"])):
-            return False
-        book.keep(step, model)
-        book.add({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
-        progress.row(book.rows[-1])
-        return True
+    loggers = Loggers(cfg, path, cluster, progress, meter, algorithm.steps)
+    apart = {}  # what workers were just before the exact average that an evaluation falls behind
 
-    status = "done"
-    with _signals(), progress:
-        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, tally):
-            progress.step(step, schedule(step - 1), tally)
+    def due_at(step: int) -> bool:
+        return step == steps or step % cfg.evaluate.every == 0
+
+    def before_average(step: int) -> None:
+        apart.clear()
+        if due_at(step):
+            apart.update(evaluate_workers(task, replicas, algorithm, cfg.evaluate.band))
+
+    def note(step: int) -> str:
+        """Evaluate and write the row down; what is NaN, and no row, when the model is NaN already though no loss has shown it."""
+        row, model = evaluate(task, replicas, algorithm, meter, cfg.evaluate.batchnorm)
+        row |= apart or evaluate_workers(task, replicas, algorithm, cfg.evaluate.band)
+        apart.clear()
+        for name, what in (("validation_loss", "the validation loss of the averaged model"), ("consensus_distance", "the parameters")):
+            if not math.isfinite(row[name]):
+                return f"{what} ({name}) became {row[name]}"
+        recorder.save_model(step, model)
+        recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "lr": schedule(step - 1), **row})
+        progress.row(recorder.rows[-1])
+        loggers.row(recorder.rows[-1])
+        return ""
+
+    status, reason, finite = "done", "", algorithm.steps
+    with _signals(), progress, loggers:
+        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, cfg.cluster.vectorize, before_average):
+            progress.step(step, schedule(step - 1), meter)
+            loggers.step(step, schedule(step - 1), meter)
             last = step == steps
-            due, save_due = last or step % cfg.evaluate.every == 0, last or step % cfg.checkpoint_every == 0
+            due, save_due = due_at(step), last or step % cfg.checkpoint_every == 0
             meet = due or save_due or step % AGREE_EVERY == 0
-            if not meet and cluster.processes > 1:
+            if not meet and cluster.world_size > 1:
                 continue
             # the largest code of any process is everybody's, at the same step
-            code = cluster.max_flag(DIVERGED if meet and tally.diverged() else stopped_by[0])
-            if code == DIVERGED or due and not note(step):
+            code = cluster.all_reduce_max(DIVERGED if meet and meter.diverged() else stopped_by[0])
+            if code == DIVERGED:
+                reason = next(filter(None, cluster.all_gather_object(_losses(meter, cluster))))
+            elif due:
+                reason = note(step)
+            if reason:
                 status = "diverged"
-                book.add({"step": step, "epoch": step / task.steps_per_epoch, "seconds": tally.seconds, "diverged": True})
+                recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "seconds": meter.seconds, "diverged": True})
                 break
+            finite = step if meet else finite
             if save_due or code:
                 save()
             if code and not last:
@@ -88,15 +152,71 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> None:
                 break
     if status == "stopped":
         progress.say(f"{signal.Signals(stopped_by[0]).name}: saved at step {algorithm.steps}; the same command goes on from there")
+        return 128 + stopped_by[0]
+    stopped_by[0], facts = 0, {}
+    if status == "diverged":
+        when = f"at step {step}" if step == finite + 1 else f"between steps {finite + 1} and {step}"
+        facts["diverged"] = f"{when}: {reason}; lower optimizer.lr={cfg.optimizer.lr:g} (the schedule's rate here: {schedule(step - 1):g})"
     else:
-        stopped_by[0] = 0
-        if task.final and status == "done":
-            book.final(algorithm)
-        book.close(status, algorithm.steps, tally.seconds, task.finish(folder.kept(path), cluster) if status == "done" else {})
-        progress.say(f"{status}: {path / 'result.json'}")
-    if lock:
-        lock.close()
-    cluster.close()
+        if task.final:
+            recorder.save_iterates(algorithm)
+        facts = task.finish(run_dir.saved_models(path), cluster)
+    recorder.finish(status, algorithm.steps, meter.seconds, facts)
+    if status == "diverged":
+        progress.say(f"diverged {facts['diverged']}")
+    progress.say(f"{status}: {path / 'result.json'}")
+    return NAN if status == "diverged" else 0
+
+
+def _open(cfg: DictConfig, path: Path, cluster: Cluster, held: contextlib.ExitStack) -> tuple[dict | None, list[str]]:
+    """Take the folder for this run alone: the result that it holds, if any, and what is damaged. Rank 0 looks, all get its answer."""
+    found = None
+    with everywhere(cluster):
+        if cluster.is_main:
+            if files.kind(path) not in (None, "a folder") and not path.is_dir():
+                raise OSError(f"{path} is {files.kind(path)}, not a folder: move it away")
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(files.lock(path / ".lock", wait=False, say=lambda text: print(text, flush=True)))
+            except BlockingIOError:
+                raise BlockingIOError(f"{path} is being written by another run: wait for it, or end it") from None
+            # a job that was put back into the queue goes on, whatever its first start was told
+            again = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+            if cfg.resume == "never" and not again and (said := run_dir.start_anew(path)):
+                print(said, flush=True)
+            run_dir.check(path)
+            found = run_dir.existing_result(path, cfg)
+    return cluster.broadcast_object(found)
+
+
+class _Workers:
+    """The workers of a checkpoint that are hosted here, each read when it is asked for."""
+
+    def __init__(self, saved: checkpoint.Checkpoint, cluster: Cluster, losses: torch.Tensor):
+        self.saved, self.cluster, self.losses = saved, cluster, losses
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        found = self.saved.worker(self.cluster.local_workers[row])
+        self.losses[row] = found.pop("own.loss")
+        return found
+
+
+def _restore(saved: checkpoint.Checkpoint, cluster: Cluster, algorithm, meter: TrainingMeter) -> None:
+    with everywhere(cluster):
+        workers = _Workers(saved, cluster, meter.losses)
+        load_state_dict(algorithm, {"workers": workers, "shared": saved.shared, **{key: saved.state[key] for key in ("steps", "groups")}})
+    meter.seconds, meter.count = saved.state["seconds"], saved.state["count"]
+
+
+def _losses(meter: TrainingMeter, cluster: Cluster) -> str:
+    """Which worker's training loss is not finite, on this rank."""
+    bad = [row for row, loss in enumerate(meter.losses.tolist()) if not math.isfinite(loss)]
+    return f"the training loss of worker {cluster.local_workers[bad[0]]} became {meter.losses[bad[0]].item()}" if bad else ""
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because a peer is gone."""
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 class _signals:
@@ -114,18 +234,3 @@ class _signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def _lock(path: Path, cluster: Cluster):
-    """One run a folder at a time: process 0 holds a lock that the kernel drops when it ends, however it ends. BlockingIOError for all."""
-    file, free = None, True
-    if cluster.leader:
-        path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders, forked later, would hold that on
-        except BlockingIOError:
-            free = False
-    if not cluster.broadcast_object(free):
-        raise BlockingIOError(f"{path} is being written by another run: wait for it, or end it")
-    return file

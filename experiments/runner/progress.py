@@ -1,7 +1,10 @@
-"""A run shows itself: a live bar on a terminal, plain lines elsewhere. Process 0 only."""
+"""A run shows itself, in 80 columns: a live bar on a terminal, plain lines elsewhere; and both kinds in log.txt. Process 0 only."""
 
+import datetime
+import os
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -9,17 +12,23 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """steps: of the whole run. A line at every evaluation, and in a log file one every `pause` seconds besides."""
+    """steps: of the whole run; log: a file to append to. A line at every evaluation, and where there is no bar every `pause` seconds."""
 
-    def __init__(self, steps: int, leader: bool, pause: float = 30.0):
-        self.steps, self.leader, self.pause = steps, leader, pause
-        self.live = leader and sys.stdout.isatty()
-        self.bar = None
+    def __init__(self, steps: int, is_main: bool, log: Path | None = None, pause: float = 30.0):
+        self.steps, self.is_main, self.pause = steps, is_main, pause
+        self.live = is_main and sys.stdout.isatty()
+        self.bar = self.log = None
         if self.live:
             columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(), refresh_per_second=4)
             self.task = self.bar.add_task("", total=steps, text="")
-        self.accuracy, self.shown, self.first, self.loss = "", 0.0, None, 0.0
+        if is_main and log:
+            try:  # never through a link, never waiting for a fifo's reader
+                number = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+                self.log = open(number, "a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                self.say(f"no log: {error}")  # a run is worth more
+        self.shown, self.first, self.loss, self.headed = 0.0, None, 0.0, False
 
     def __enter__(self):
         if self.bar:
@@ -30,36 +39,60 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def step(self, step: int, lr: float, tally) -> None:
-        """Shown at most four times a second, so that a GPU is not made to wait for its loss."""
-        if not self.leader:
+    def step(self, step: int, lr: float, meter) -> None:
+        """Shown at most four times a second, so that a GPU is not made to wait for its loss; the last step always."""
+        if not self.is_main:
             return
         now = time.monotonic()
         if self.first is None:
-            self.first, self.shown = (step, tally.seconds), now
-            return
-        if now - self.shown < (0.25 if self.live else self.pause):
+            self.first, self.shown = (step, meter.seconds), now
+        if now - self.shown < (0.25 if self.live else self.pause) and not (self.live and step == self.steps):
             return
         self.shown = now
-        tally.settle()  # reading a loss waits for a GPU; that is training time
-        if tally.count:
-            self.loss = float(tally.losses.sum()) / tally.count / len(tally.losses)
-        rate = (step - self.first[0]) / max(tally.seconds - self.first[1], 1e-9)
-        text = f"loss {self.loss:.4f}  lr {lr:.4g}  {rate:.2f} it/s{self.accuracy}"
+        meter.synchronize()  # reading a loss waits for a GPU; that is training time
+        if meter.count:
+            self.loss = float(meter.losses.sum()) / meter.count / len(meter.losses)
+        rate = (step - self.first[0]) / max(meter.seconds - self.first[1], 1e-9)
+        text = f"loss {self.loss:.4f}  {rate:.3g} it/s"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
-            print(f"step {step}/{self.steps}  {text}  {(self.steps - step) / max(rate, 1e-9):.0f} s left", flush=True)
+            print(f"step {step}/{self.steps}  {text}  lr {lr:.4g}  {_clock((self.steps - step) / max(rate, 1e-9))} left", flush=True)
 
     def row(self, row: dict) -> None:
-        """A line for a metric row."""
-        if "accuracy" in row:
-            self.accuracy = f"  accuracy {row['accuracy']:.2f}"
-        names = ("epoch", "train_loss", "validation_loss", "accuracy", "accuracy_min", "accuracy_max", "spread", "u_norm", "seconds")
-        self.say(f"step {row['step']}/{self.steps}  " + "  ".join(f"{name} {row[name]:.5g}" for name in names if row.get(name) is not None))
+        """A metric row: five short columns."""
+        fourth = ("accuracy", ".2f") if "accuracy" in row else ("consensus_distance", ".3g")
+        columns = (("train_loss", ".4f"), ("validation_loss", ".4f"), fourth)
+        if not self.headed:
+            titles = ("train loss", "val. loss", fourth[0].removeprefix("consensus_"), "time")
+            self.say(f"{'step':>15}" + "".join(f"{title:>12}" for title in titles))
+            self.headed = True
+        numbers = "".join(f"{_number(row.get(name), form):>12}" for name, form in columns)
+        self.say(f"{row['step']}/{self.steps}".rjust(15) + numbers + f"{_clock(row['seconds']):>12}")
 
     def say(self, text: str) -> None:
+        """On the screen and in the log."""
         if self.bar:
-            self.bar.console.print(text, highlight=False)
-        elif self.leader:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self.is_main:
             print(text, flush=True)
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """In the log alone."""
+        if self.log:
+            try:
+                self.log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+            except OSError:  # a full disk: what matters writes too, and says so
+                self.log = None
+
+
+def _number(value: float | None, form: str) -> str:
+    """Wide numbers in fewer digits."""
+    text = "-" if value is None else format(value, form)
+    return text if len(text) <= 12 else format(value, ".3g")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

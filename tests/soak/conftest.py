@@ -1,0 +1,7 @@
+def pytest_addoption(parser):
+    parser.addoption("--soak-seed", type=int, help="repeat the trials of this seed")
+    parser.addoption("--soak-trials", type=int, default=400)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: random faults against a reference run, about 10 minutes (pytest tests/soak -m soak -s)")
