@@ -119,6 +119,10 @@ class Segment:
                 p.grad = g if p.dtype == x.dtype else None
         self._clean, self._taken = self.grad._version, False
 
+    def used(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """What parameters take of a block, `[n or 1, numel]` each: between them an optimizer without ε divides 0 by 0."""
+        return [block[:, place.offset : place.offset + place.shape.numel()] for place in self.places]
+
     def written(self) -> None:
         """x has changed: a stale graph shall raise as it does in torch, and copies of another dtype follow."""
         increment_version([p for p, _, _ in self.members])

@@ -44,7 +44,8 @@ def evaluate(task, replicas, algorithm, meter, batchnorm: str = "average"):
     losses = meter.losses.sum() / meter.count if meter.count else torch.tensor(math.nan, dtype=torch.float64)
     u_square = torch.zeros((), dtype=torch.float64, device=device)
     if "u" in algorithm.slow_names and algorithm.slow:
-        u_square += sum(u.double().square().sum(1).mean() for _, u in algorithm.slow.values())
+        for segment, (_, u) in algorithm.slow.items():
+            u_square += sum(part.double().square().sum(1).mean() for part in segment.used(u))
     means = torch.stack([losses.to(device) / len(replicas.models), u_square])
     cluster.all_reduce(means)
     losses, u_square = (means / cluster.world_size).tolist()
@@ -71,8 +72,9 @@ def evaluate_workers(task, replicas, algorithm, band: bool = False) -> dict:
     mean = algorithm.base.average()
     apart = torch.zeros((), dtype=torch.float64, device=mean[0].device)
     for segment, x in zip(replicas.segments, mean):
-        for worker in segment.x.detach():  # row by row: no temporary of the rows' size
-            apart += (worker - x[0]).double().square().sum()
+        for workers, center in zip(segment.used(segment.x.detach()), segment.used(x)):
+            for worker in workers:  # row by row: no temporary of the rows' size
+                apart += (worker - center[0]).double().square().sum()
     apart /= len(replicas.models)
     cluster.all_reduce(apart)
     row = {"consensus_distance": math.sqrt(float(apart) / cluster.world_size)}

@@ -135,8 +135,7 @@ class Replicas:
         """`blocks` as one new tensor `[n or 1, numel]`, in the order of `model.parameters()` and of each one's memory."""
         parts = {}
         for segment, block in zip(self.segments, blocks):
-            for place in segment.places:
-                parts[place.index] = block[:, place.offset : place.offset + place.shape.numel()]
+            parts |= {place.index: part for place, part in zip(segment.places, segment.used(block))}
         return torch.cat([parts[index].detach() for index in range(len(parts))], 1)
 
     def rows(self) -> torch.Tensor:
