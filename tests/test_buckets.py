@@ -205,7 +205,9 @@ def test_late_gradients_are_there_until_step_and_may_be_clipped():
             torch.nn.utils.clip_grad_norm_(replicas.models[0].parameters(), float(norm) / 4)
         algorithm.step()
         clipped.append((before - replicas.rows()).norm() / norm)
-    torch.testing.assert_close(torch.stack(clipped), torch.tensor([1.0, 0.25], dtype=torch.float64), rtol=1e-5, atol=0)  # torch divides by the norm + 1e-6
+    torch.testing.assert_close(
+        torch.stack(clipped), torch.tensor([1.0, 0.25], dtype=torch.float64), rtol=1e-5, atol=0
+    )  # torch divides by the norm + 1e-6
 
 
 @pytest.mark.parametrize("base", ["local_sgd", "sgp"])

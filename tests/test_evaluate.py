@@ -225,7 +225,9 @@ def test_the_ranks_of_a_worker_share_out_the_band(processes):
     losses = [loss for _, loss, *_ in results]
     for row, _, seen, mean, own in results:
         assert seen == 1
-        assert (row["validation_loss_worker_min"], row["validation_loss_worker_max"]) == pytest.approx((min(losses), max(losses)), rel=1e-10)
+        assert (row["validation_loss_worker_min"], row["validation_loss_worker_max"]) == pytest.approx(
+            (min(losses), max(losses)), rel=1e-10
+        )
         assert torch.equal(mean, own) == (processes == 2)  # otherwise its own statistics are of no single model
     assert all(result[0] == results[0][0] for result in results)  # the same row on every rank
 
