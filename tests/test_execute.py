@@ -344,7 +344,7 @@ def test_resume_is_one_of_two_words(tmp_path):
 def test_files_honour_the_umask(tmp_path):
     folder = finished(*WORDS, cwd=tmp_path, before=lambda rank: os.umask(0o002))
     modes = {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
-    assert len(modes) == 5 + 2 + 6 and set(modes.values()) == {0o664}, modes
+    assert len(modes) == 6 + 2 + 6 and set(modes.values()) == {0o664}, modes
 
 
 def test_a_resumed_run_takes_no_more_memory(half, tmp_path):
