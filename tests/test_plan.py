@@ -76,6 +76,7 @@ def match(text: str, pattern: str) -> None:
         (("workers=0",), "workers=0: a whole number >= 1"),
         (("seed=-1",), "seed=-1: a whole number >= 0"),
         (("evaluate.every=0",), "evaluate.every=0: a whole number >= 1"),
+        (("cluster.vectorize=maybe",), "cluster.vectorize=maybe: choose auto, true or false"),
         (("evaluate.batchnorm=batch",), "choose one of average, local, recalibrate"),
         (("dtype=int8",), "float32 or float64"),
         (("optimizer.lr=0",), "optimizer.lr=0: a learning rate is a positive number"),
@@ -313,6 +314,12 @@ def composed(*words):
         return config.compose(list(words))
 
 
+@pytest.mark.parametrize("mode", ["auto", "true", "false"])
+def test_each_mode_of_vectorize_is_accepted(mode):
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config.check(config.compose(["steps=1", f"cluster.vectorize={mode}"]))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))
 def test_an_experiment_alone_is_what_hydra_composes(name):
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -390,9 +397,9 @@ def test_a_replaced_option_from_the_command(tmp_path):
         assert done.code == 0 and done.fact("folder") == f"runs/photos_slowmo_sgp,{words[0]}/seed1", done.text
     message = refused(tmp_path, "experiment=photos_slowmo_sgp", "task=imagenet")
     assert message == "error: task=imagenet does not read data=photos: choose data=imagenet or data=scripts\n"
-    words = ("experiment=quickstart_slowmo_sgp", "steps=2", "data.train=128", "data.validation=8", "outer=average", "outer.tau=1")
+    words = ("experiment=quickstart_slowmo_local_sgd", "steps=2", "data.train=256", "data.validation=8", "outer=average", "outer.tau=1")
     done = command(*words, cwd=tmp_path)
-    assert done.code == 0 and "left out of quickstart_slowmo_sgp: outer.beta=0.5 (outer=average, not slowmo)\n" in done.out
+    assert done.code == 0 and "left out of quickstart_slowmo_local_sgd: outer.beta=0.6 (outer=average, not slowmo)\n" in done.out
 
 
 # ---- the optimizer

@@ -37,8 +37,8 @@ from slowmo.checkpoint import PeerError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = """\
-  python run.py experiment=quickstart_slowmo_sgp                             the quickstart: real pictures, minutes on two cores
-  python run.py experiment=quickstart_slowmo_sgp dry_run=true                what it would do, send and take
+  python run.py experiment=quickstart_slowmo_local_sgd                       the quickstart: real pictures, minutes on two cores
+  python run.py experiment=quickstart_slowmo_local_sgd dry_run=true          what it would do, send and take
   python run.py experiment=photos_slowmo_sgp outer=lookahead outer.tau=6     another option of a group, another value of a key
   python run.py -m experiment=photos_sgp,photos_slowmo_sgp seed=1,2,3        a sweep of six runs
   python run.py experiment=imagenet_slowmo_sgp launch=slurm_dgx1             a job of SLURM's; launch=local: processes on this machine

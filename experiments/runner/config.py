@@ -139,7 +139,8 @@ def check(composed: Composed) -> None:
         value = _resolved(cfg, key, values[key])
         if key == "optimizer.lr" and isinstance(value, NUMBER) and not 0 < value < math.inf:
             raise ValueError(f"optimizer.lr={value}: a learning rate is a positive number")
-        _like(key, value, known.get(key, parameters.get(key)))
+        if key != "cluster.vectorize":  # a word or a truth value
+            _like(key, value, known.get(key, parameters.get(key)))
     for key in known:
         if key not in values and not key.startswith("launch.sbatch"):
             raise ValueError(f"no value for {key}: it was deleted, leave it as it is")
