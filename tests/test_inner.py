@@ -155,12 +155,12 @@ def test_a_scheduler_that_was_built_before_wrapping_steps_no_other_optimizer():
     """It puts a wrapper of its own in the place of `step`, bound to the optimizer that it was given."""
     results = []
     for early in (False, True):
-        model = Several(1).model()
+        model = Several(2).model()
         optimizer = two_groups(OPTIMIZERS["adam"])(model.parameters())
         if early:
             torch.optim.lr_scheduler.StepLR(optimizer, 1)
-        replicas = Replicas(model, Cluster(1), optimizer.param_groups)
-        results.append(run(Several(1), replicas, slowmo.LocalSGD(replicas, optimizer), 3, 0.1))
+        replicas = Replicas(model, Cluster(2), optimizer.param_groups)
+        results.append(run(Several(2), replicas, slowmo.LocalSGD(replicas, optimizer), 3, 0.1))
     assert torch.equal(*results) and results[0].any()
 
 
