@@ -90,6 +90,7 @@ def fig2(data: str, runs: Runs, curves: Curves):
     if not pairs:
         return None
     figure, axes = plt.subplots(1, len(pairs), sharey=True, figsize=(2.6 * len(pairs) + 0.8, 3.2), squeeze=False)
+    banded = False
     for axis, pair in zip(axes[0], pairs):
         for cell in pair:
             found = curves.of(f"{data}_{cell}")
@@ -98,13 +99,15 @@ def fig2(data: str, runs: Runs, curves: Curves):
             style = styled(cell, data)
             axis.plot(found["epoch"], found[name], **style)
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
+            banded |= found[f"{name}_worker_min"].notna().any()
             axis.fill_between(
                 found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band
             )
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
         axis.legend(loc="lower right" if metric.more else "upper right")
     axes[0][0].set_ylabel(metric.title.removesuffix(", best"))
-    return titled(figure, data, "band: least and largest of the workers' own models over seeds, on a part of the validation set")
+    what = "band: least and largest of the workers' own models just before the average, over seeds" if banded else ""
+    return titled(figure, data, what)
 
 
 def wallclock(data: str, runs: Runs, curves: Curves):

@@ -12,10 +12,11 @@
     Local SGD            C
     SGP                  C + message, which leaves after the step and is waited for
     OSGP                 max(C, message), which travels while the worker computes
-    AllReduce            C + allreduce after backward; or in buckets during it: bucket k is on its way from max(its gradients are there,
+    AllReduce            C + allreduce after backward
+    every τ iterations   average in place of the message, for each block that is averaged: 1 for SlowMo and Local SGD, one more a buffer for
+                         double-averaging, which also gossips its buffers over SGP; none for noaverage
+    in buckets during backward (AllReduce: early, the others: overlap)   bucket k is on its way from max(its gradients are there,
                          bucket k - 1 has come), backward takes two thirds of C, and what is left over is waited for
-    every τ iterations   average, for each block that is averaged: 1 for SlowMo and Local SGD, one more a buffer for double-averaging, which
-                         also gossips its buffers over SGP; none for noaverage
 
 `slowmo/` knows nothing of this; seconds.py puts it beside the paper and what was measured.
 """
@@ -108,29 +109,38 @@ def _group(group: str, name: str) -> dict:
     return own
 
 
-def iteration(run: str, compute: float, size: float, links: Links, early: bool = False, tree: bool = False,
-              bucket: float = BUCKET) -> dict[str, float]:  # fmt: skip
+def iteration(run: str, compute: float, size: float, links: Links, early: bool = False, tree: bool = False, bucket: float = BUCKET,
+              overlap: bool = False) -> dict[str, float]:  # fmt: skip
     """Seconds of an iteration by term: compute; what the worker waits for: link bytes, latency; of exact averages the same.
 
-    size: bytes of the parameters. early: AllReduce in buckets of `bucket` bytes during backward. tree: averages by halving and doubling.
+    size: bytes of the parameters. early: AllReduce in buckets of `bucket` bytes during backward; overlap: the messages of the others and all
+    averages. tree: averages by halving and doubling.
     """
     sent = algorithm(run)
-    waited = averaged = np.zeros(2)
-    if sent["base"] in ("sgp", "osgp"):
-        waited = sent["gossiped"] * links.message(size)
-        if sent["base"] == "osgp":
-            waited = waited * max(0, 1 - compute / waited.sum())
-    elif sent["base"] == "allreduce":
-        parts = buckets(size, bucket) if early else [size]
-        costs = [links.allreduce(part, tree) for part in parts]
+
+    def waits(cost, during: bool) -> np.ndarray:
+        """What is waited for after backward of messages that cost `cost(bytes)`: all of it, or what buckets have left over."""
+        parts = buckets(size, bucket) if during else [size]
+        costs = [cost(part) for part in parts]
         done = ready = compute / 3
-        for part, cost in zip(parts, costs):
+        for part, one in zip(parts, costs):
             ready += part / size * 2 / 3 * compute
-            done = max(ready, done) + cost.sum()
+            done = max(ready, done) + one.sum()
         total = sum(costs)
-        waited = total * ((done - compute) / total.sum() if early else 1)
+        return total * ((done - compute) / total.sum() if during else 1)
+
+    waited = averaged = np.zeros(2)
+    if sent["base"] == "sgp":
+        waited = waits(lambda part: sent["gossiped"] * links.message(part), overlap)
+    elif sent["base"] == "osgp":
+        waited = sent["gossiped"] * links.message(size)
+        waited = waited * max(0, 1 - compute / waited.sum())
+    elif sent["base"] == "allreduce":
+        waited = waits(lambda part: links.allreduce(part, tree), early)
     if sent["tau"]:
-        averaged = sent["averaged"] * links.average(size, tree) / sent["tau"]
+        averaged = waits(lambda part: sent["averaged"] * links.average(part, tree), overlap) / sent["tau"]
+        if sent["base"] != "allreduce":  # gossip keeps the mean, so that what the average follows is not sent
+            waited = waited * (1 - 1 / sent["tau"])
     return dict(zip(("compute", "bytes", "latency", "bytes of averages", "latency of averages"), map(float, (compute, *waited, *averaged))))
 
 

@@ -23,6 +23,7 @@ class TrainingMeter:
         self.seconds, self.count, self.device = 0.0, 0, device
         self.losses = torch.zeros(rows, dtype=torch.float64, device=device)
         self.started = None
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step with a loss that is not finite; 0: none
 
     def start(self) -> None:
         """Training goes on now."""
@@ -45,6 +46,11 @@ class TrainingMeter:
             self.start()
             torch.cuda.synchronize(self.device)
             self.stop()
+
+    def watch(self, step: int) -> None:
+        """Remember the first step after which a loss is not finite. A GPU is not waited for."""
+        bad = ~torch.isfinite(self.losses).all() & (self.first_bad == 0)
+        self.first_bad += bad * step
 
     def diverged(self) -> bool:
         """Whether a loss since the last metric row was NaN or infinite, on this rank. Waits for a GPU."""
@@ -80,6 +86,7 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, meter: Tra
             (loss if replicas.loss_scale == 1 else loss * replicas.loss_scale).backward()
             meter.losses[row] += loss.detach()
         meter.count += 1
+        meter.watch(step + 1)
         if algorithm.due and before_average:
             algorithm.step(functools.partial(_pause, meter, before_average, step + 1))
         else:

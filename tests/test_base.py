@@ -363,7 +363,7 @@ def reduced(m, everything, passes, base="allreduce", told=True, overlap=False):
     for k in range(passes):
         if k == (0 if told else passes - 1):
             algorithm.start(0.5)
-        assert not algorithm.handover.touched  # nothing leaves too early
+        assert not algorithm.handover.first_unsent  # nothing leaves too early
         for i, replica in zip(cluster.local_workers, replicas.models):
             replica(inputs(i, place=cluster.worker_rank), uses(i, everything)).backward()
     early = algorithm.handover.first_unsent

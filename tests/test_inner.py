@@ -151,6 +151,19 @@ def test_each_group_has_its_own_values_and_a_schedule_moves_them():
     assert algorithm.optimizer.param_groups[0]["lr"] == 0.1 / 16
 
 
+def test_a_scheduler_that_was_built_before_wrapping_steps_no_other_optimizer():
+    """It puts a wrapper of its own in the place of `step`, bound to the optimizer that it was given."""
+    results = []
+    for early in (False, True):
+        model = Several(2).model()
+        optimizer = two_groups(OPTIMIZERS["adam"])(model.parameters())
+        if early:
+            torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        replicas = Replicas(model, Cluster(2), optimizer.param_groups)
+        results.append(run(Several(2), replicas, slowmo.LocalSGD(replicas, optimizer), 3, 0.1))
+    assert torch.equal(*results) and results[0].any()
+
+
 class Counted(torch.optim.SGD):
     """Keeps a counter in its groups, as schedule-free optimizers do; takes a step of lr divided by it."""
 

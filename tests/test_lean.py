@@ -6,7 +6,7 @@ from helpers import BASES, build, quadratic, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import slowmo
+from slowmo import outer
 
 M, D = 4, 64
 
@@ -31,14 +31,15 @@ class Allocated(TorchDispatchMode):
 def allocations(base, outer=None, steps=2) -> list[int]:
     """Sizes >= a row that one step allocates, after `steps` have run."""
     replicas, algorithm = build(quadratic(M, d=D), M, base, lambda rows: sgd(rows, momentum=0.9, weight_decay=0.1), outer)
+    (segment,) = replicas.segments
     for _ in range(steps):
-        algorithm.start()
-        replicas.rows.grad.fill_(0.1)
-        algorithm.step(0.1)
-    algorithm.start()
-    replicas.rows.grad.fill_(0.1)
+        algorithm.start(0.1)
+        segment.grad.fill_(0.1)
+        algorithm.step()
+    algorithm.start(0.1)
+    segment.grad.fill_(0.1)
     with Allocated() as mode:
-        algorithm.step(0.1)
+        algorithm.step()
     return sorted(size for size in mode.sizes if size >= D)
 
 
@@ -56,7 +57,7 @@ def test_an_irregular_graph_takes_one_block():
 
 def test_a_slow_step_takes_two_rows():
     # the average and x0 minus it
-    assert allocations("sgp", lambda base: slowmo.SlowMo(base, tau=3, beta=0.5)) == [D, D]
-    assert allocations("local_sgd", lambda base: slowmo.Average(base, tau=3)) == [D]
+    assert allocations("sgp", lambda base: outer.SlowMo(base, tau=3, beta=0.5)) == [D, D]
+    assert allocations("local_sgd", lambda base: outer.Average(base, tau=3)) == [D]
     # without exact averages each worker has its own difference
-    assert allocations("sgp", lambda base: slowmo.SlowMo(base, tau=3, beta=0.5, exact=False)) == [M * D]
+    assert allocations("sgp", lambda base: outer.SlowMo(base, tau=3, beta=0.5, exact=False)) == [M * D]

@@ -124,7 +124,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         loggers.row(recorder.rows[-1])
         return ""
 
-    status, reason, finite = "done", "", algorithm.steps
+    status, reason = "done", ""
     with _signals(), progress, loggers:
         for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, cfg.cluster.vectorize, before_average):
             progress.step(step, schedule(step - 1), meter)
@@ -137,14 +137,13 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
             # the largest code of any process is everybody's, at the same step
             code = cluster.all_reduce_max(DIVERGED if meet and meter.diverged() else stopped_by[0])
             if code == DIVERGED:
-                reason = next(filter(None, cluster.all_gather_object(_losses(meter, cluster))))
-            elif due:
-                reason = note(step)
+                reason = min(found for found in cluster.all_gather_object(_losses(meter, cluster)) if found[1])
+            elif due and (found := note(step)):
+                reason = (step, found)
             if reason:
                 status = "diverged"
                 recorder.log({"step": step, "epoch": step / task.steps_per_epoch, "seconds": meter.seconds, "diverged": True})
                 break
-            finite = step if meet else finite
             if save_due or code:
                 save()
             if code and not last:
@@ -155,8 +154,9 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         return 128 + stopped_by[0]
     stopped_by[0], facts = 0, {}
     if status == "diverged":
-        when = f"at step {step}" if step == finite + 1 else f"between steps {finite + 1} and {step}"
-        facts["diverged"] = f"{when}: {reason}; lower optimizer.lr={cfg.optimizer.lr:g} (the schedule's rate here: {schedule(step - 1):g})"
+        first, what = reason
+        rate = f"optimizer.lr={cfg.optimizer.lr:g} (the schedule's rate there: {schedule(first - 1):g})"
+        facts["diverged"] = f"at step {first}: {what}; lower {rate}"
     else:
         if task.final:
             recorder.save_iterates(algorithm)
@@ -208,10 +208,11 @@ def _restore(saved: checkpoint.Checkpoint, cluster: Cluster, algorithm, meter: T
     meter.seconds, meter.count = saved.state["seconds"], saved.state["count"]
 
 
-def _losses(meter: TrainingMeter, cluster: Cluster) -> str:
-    """Which worker's training loss is not finite, on this rank."""
+def _losses(meter: TrainingMeter, cluster: Cluster) -> tuple[int, str]:
+    """Since which step the training loss of which worker is not finite, on this rank; an empty text where all are."""
     bad = [row for row, loss in enumerate(meter.losses.tolist()) if not math.isfinite(loss)]
-    return f"the training loss of worker {cluster.local_workers[bad[0]]} became {meter.losses[bad[0]].item()}" if bad else ""
+    text = f"the training loss of worker {cluster.local_workers[bad[0]]} became {meter.losses[bad[0]].item()}" if bad else ""
+    return int(meter.first_bad), text
 
 
 def _lost(error: RuntimeError) -> bool:
