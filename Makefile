@@ -7,7 +7,7 @@ PY := .venv/bin/python
 help:
 	@echo 'make run    set up, then the quickstart: Local SGD without and with SlowMo, and the two compared'
 	@echo 'make test   set up what the tests need besides, then the tests'
-	@echo 'make lint   ruff and codespell'
+	@echo 'make lint   ruff, codespell and mypy'
 	@echo 'make clean  remove .venv and what builds and tests leave; runs/ and data/ stay'
 	@echo
 	@echo 'PYTHON=python3.12 make run   another Python (3.11 or later) than python3; its torch is used if it has one.'
@@ -23,6 +23,7 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/codespell
+	.venv/bin/mypy
 
 # everything for the tests is more than what a run needs
 .venv/.installed: pyproject.toml constraints.txt
@@ -34,5 +35,5 @@ lint: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,12 +16,16 @@ the average is the same.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from slowmo.buckets import Bucket, Handover, Segment
+from slowmo.cluster import Pending
 from slowmo.inner import inner_optimizer
-from slowmo.topology import Exponential, Ring, is_symmetric
+from slowmo.replicas import Replicas
+from slowmo.topology import Exponential, Graph, Ring, Weight, is_symmetric
 
 BUFFERS = ("reset", "maintain", "average")
 
@@ -37,15 +41,20 @@ class LocalSGD:
 
     _all_workers = False  # whether gradients are averaged over all workers or inside a worker
     # of an algorithm without an outer one
-    due, exact, slow, slow_names, tau = False, True, None, (), None
+    due: Literal[False] = False
+    exact: bool = True
+    slow: None = None
+    slow_names: tuple[str, ...] = ()
+    tau: None = None
 
-    def __init__(self, replicas, optimizer: torch.optim.Optimizer, overlap: bool = False, elementwise: bool | None = None):
+    def __init__(self, replicas: Replicas, optimizer: torch.optim.Optimizer, overlap: bool = False, elementwise: bool | None = None):
         self.replicas, self.optimizer, self.cluster, self.overlap = replicas, optimizer, replicas.cluster, overlap
         self.inner = inner_optimizer(optimizer, replicas, elementwise, overlap)
         reduces = self._all_workers and self.cluster.num_workers > 1 or self.cluster.worker_size > 1
         self.handover = Handover(replicas, self._start_mean if reduces else None, overlap or reduces)
         self.base, self.steps = self, 0  # finished steps; never restart
-        self._average, self._averages = None, {}
+        self._average: str | None = None
+        self._averages: dict[Segment, Callable[[], torch.Tensor]] = {}
 
     @property
     def started(self) -> bool:
@@ -153,7 +162,7 @@ class LocalSGD:
         """How many buckets advancing stays behind the mean of gradients: what is sent then must not wait for the youngest one."""
         return 1 if self.handover.reduce else 0
 
-    def _start_average(self, segment: Segment):
+    def _start_average(self, segment: Segment) -> Callable[[], torch.Tensor]:
         return self.cluster.mean(segment.x.detach(), wait=False)
 
     def _optimizer_step(self, bucket: Bucket) -> None:
@@ -167,7 +176,7 @@ class LocalSGD:
                 segment.take_grads()
                 segment.written()
 
-    def _start_mean(self, bucket: Bucket):
+    def _start_mean(self, bucket: Bucket) -> Pending:
         """Start the mean of a bucket's gradients: over all workers, every row then holds it, or over this worker's ranks."""
         count = self.cluster.world_size * len(self.replicas.models) if self._all_workers else self.cluster.worker_size
         parts, waits = [], []
@@ -185,8 +194,7 @@ class LocalSGD:
                     segment.grad.copy_(part)
             parts.clear()
 
-        wait.is_completed = lambda: all(finish.is_completed() for finish in waits)
-        return wait
+        return Pending(wait, lambda: all(finish.is_completed() for finish in waits))
 
 
 class AllReduce(LocalSGD):
@@ -198,14 +206,14 @@ class AllReduce(LocalSGD):
 
     _all_workers = True
 
-    def comm_volume(self, average=None):
+    def comm_volume(self, average: str | None = None) -> tuple[float, float]:
         m = self.cluster.num_workers
         return (2.0 * (m - 1), 2 * (m - 1) / m) if m > 1 else (0.0, 0.0)  # ring: m - 1 pieces around, twice
 
-    def _early(self):
+    def _early(self) -> bool:
         return not self._average  # what is sent after a mean must not depend on when that comes
 
-    def _behind(self):
+    def _behind(self) -> float:
         return math.inf if self.handover.reduce else 0
 
 
@@ -221,8 +229,8 @@ class SGP(LocalSGD):
     of the bytes, and a temporary of the rows' size. null: the rows' dtype.
     """
 
-    def __init__(self, replicas, optimizer, graph=None, gossip_buffers: bool = False, comm_dtype: str | None = None,
-                 overlap: bool = False, elementwise: bool | None = None):  # fmt: skip
+    def __init__(self, replicas: Replicas, optimizer: torch.optim.Optimizer, graph: Graph | None = None, gossip_buffers: bool = False,
+                 comm_dtype: str | None = None, overlap: bool = False, elementwise: bool | None = None):  # fmt: skip
         super().__init__(replicas, optimizer, overlap, elementwise)
         graph = graph or Exponential(self.cluster.num_workers)
         if graph.size != self.cluster.num_workers:
@@ -230,35 +238,38 @@ class SGP(LocalSGD):
             raise ValueError(f"a graph of {graph.size} workers for a cluster of {m}: build it with the cluster's size")
         if comm_dtype not in (None, "bfloat16", "float16"):
             raise ValueError(f"comm_dtype={comm_dtype!r}: choose bfloat16, float16, or null for the rows' own dtype")
-        self.graph, self.gossip_buffers, self.comm_dtype = graph, gossip_buffers, comm_dtype and getattr(torch, comm_dtype)
+        self.graph, self.gossip_buffers = graph, gossip_buffers
+        self.comm_dtype: torch.dtype | None = getattr(torch, comm_dtype) if comm_dtype else None
         rows = replicas.segments[0].x
         self.w = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
         # weights that are plain numbers: all workers receive what they give, and w is 1 between steps
         self.regular = not any(isinstance(weight, tuple) for step in range(graph.cycle) for weight in graph(step).values())
-        self._inboxes, self._arrivals = {}, {}
-        self._weights, self._next_w = [], self.w
+        self._inboxes: dict[tuple[Segment, str, int], torch.Tensor] = {}
+        self._arrivals: dict[tuple[Segment, str], Callable[[], list[torch.Tensor]]] = {}
+        self._weights: Sequence[float | torch.Tensor] = []
+        self._next_w = self.w
 
-    def restart(self, segment, x, buffers="maintain", exact=True):
+    def restart(self, segment: Segment, x: torch.Tensor, buffers: str = "maintain", exact: bool = True) -> None:
         super().restart(segment, x, buffers, exact)
         if exact:  # everybody holds the average: nobody owes weight to anybody
             self.w = torch.ones_like(self.w)
 
-    def comm_volume(self, average=None):
+    def comm_volume(self, average: str | None = None) -> tuple[float, float]:
         cycle = [len(self.graph(step)) - 1 for step in range(self.graph.cycle)]
         messages = sum(cycle) / len(cycle) * self._gossiped(average)
         size = self.replicas.segments[0].x.element_size()
         return messages, messages * (self.comm_dtype.itemsize / size if self.comm_dtype else 1)
 
-    def recv_buffers(self):
+    def recv_buffers(self) -> float:
         return max(0, self._most_arrivals() - 1) + self._rounded()
 
-    def _begin(self):
+    def _begin(self) -> None:
         if not self._average:
             self._weights, self._next_w = self._mixing()
         elif self.gossip_buffers and self._average == "maintain":
             self._weights, _ = self._mixing()
 
-    def _advance(self, bucket):
+    def _advance(self, bucket: Bucket) -> None:
         surplus = [None if self.regular else segment.x * (1 - 1 / self.w) for segment in bucket.segments]
         super()._advance(bucket) if self.regular else self._optimizer_step(bucket)
         for segment, part in zip(bucket.segments, surplus):
@@ -272,7 +283,7 @@ class SGP(LocalSGD):
                 for name, block in self.inner.blocks(segment).items():
                     self._arrivals[segment, name] = self._send(segment, name, block)
 
-    def _land(self):
+    def _land(self) -> None:
         for (segment, name), arrive in self._arrivals.items():
             block = segment.x if name == "z" else self.inner.blocks(segment)[name]
             arrivals = arrive()
@@ -283,7 +294,7 @@ class SGP(LocalSGD):
         if not self._average:
             self.w = self._next_w
 
-    def _start_average(self, segment):
+    def _start_average(self, segment: Segment) -> Callable[[], torch.Tensor]:
         """Σ x_i / Σ w_i."""
         if self.regular:
             return super()._start_average(segment)
@@ -311,27 +322,27 @@ class SGP(LocalSGD):
             self._inboxes[segment, name, k] = torch.empty_like(segment.x, requires_grad=False)
         return self._inboxes[segment, name, k]
 
-    def _send(self, segment: Segment, name: str, block: torch.Tensor):
+    def _send(self, segment: Segment, name: str, block: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
         """Start sending `block` along this step's edges; the result waits and gives the arrivals, rows `[n, d]` for each edge."""
         offsets = [offset for offset in self.graph(self.steps) if offset]
         inboxes = [self._inbox(segment, name, k) for k in range(len(offsets))]
         waits = [self.cluster.shift(block.detach(), *edge, self.comm_dtype) for edge in zip(offsets, inboxes)]
         return lambda: [wait() for wait in waits]
 
-    def _mixing(self):
+    def _mixing(self) -> tuple[Sequence[float | torch.Tensor], torch.Tensor]:
         """This round's (weights [kept, then one per arrival], new w): x_i <- Σ_j P_ij x_j written for z = x / w."""
         graph = self.graph(self.steps)
-        kept = graph.get(0, 0.0)
         if self.regular:
-            return [kept, *(weight for offset, weight in graph.items() if offset)], self.w
-        numerators = [self._of_senders(kept, 0) * self.w]
+            numbers = {offset: weight for offset, weight in graph.items() if not isinstance(weight, tuple)}  # that is all of them
+            return [numbers.get(0, 0.0), *(weight for offset, weight in numbers.items() if offset)], self.w
+        numerators = [self._of_senders(graph.get(0, 0.0), 0) * self.w]
         for offset, weight in graph.items():
             if offset:
                 numerators.append(self._of_senders(weight, offset) * self.cluster.shift(self.w, offset, torch.empty_like(self.w))())
-        w = sum(numerators)
+        w = sum(numerators, torch.zeros_like(self.w))
         return [numerator / w for numerator in numerators], w
 
-    def _of_senders(self, weight, offset: int) -> torch.Tensor:
+    def _of_senders(self, weight: Weight, offset: int) -> torch.Tensor:
         """What each worker here gets from the worker `offset` before it, `[n, 1]`."""
         m = self.cluster.num_workers
         values = [weight[(i - offset) % m] if isinstance(weight, tuple) else weight for i in self.cluster.local_workers]
@@ -345,38 +356,39 @@ class OSGP(SGP):
     steps, so nothing is drained and nothing more is saved. Where an exact average follows, it sends nothing before and steps as SGP.
     """
 
-    def __init__(self, replicas, optimizer, graph=None, comm_dtype: str | None = None, overlap: bool = False,
-                 elementwise: bool | None = None):  # fmt: skip
+    def __init__(self, replicas: Replicas, optimizer: torch.optim.Optimizer, graph: Graph | None = None, comm_dtype: str | None = None,
+                 overlap: bool = False, elementwise: bool | None = None):  # fmt: skip
         super().__init__(replicas, optimizer, graph, False, comm_dtype, overlap, elementwise)
 
-    def recv_buffers(self):
+    def recv_buffers(self) -> float:
         return self._most_arrivals() + self._rounded()  # gradients are formed while messages travel: their memory is not free
 
-    def _begin(self):
+    def _begin(self) -> None:
         super()._begin()
         if not self._average:
-            self._arrivals = {segment: self._send(segment, "x", segment.x) for segment in self.replicas.segments}
+            self._arrivals = {(segment, "x"): self._send(segment, "x", segment.x) for segment in self.replicas.segments}
 
-    def drop(self):
+    def drop(self) -> None:
         super().drop()
         for arrive in self._arrivals.values():
             arrive()
         self._arrivals = {}
 
-    def _early(self):
+    def _early(self) -> bool:
         return self._average is not None  # else a bucket waits for its message, which has until `step`
 
-    def _advance(self, bucket):
+    def _advance(self, bucket: Bucket) -> None:
         if self._average:
             return super()._advance(bucket)
-        changes, w = [], self._next_w
+        changes: list[torch.Tensor | None] = []
+        w = self._next_w
         for segment in bucket.segments:
-            arrivals = self._arrivals.pop(segment)()
+            arrivals = self._arrivals.pop((segment, "x"))()
             # rows + change = (Px) / w before γd is taken off; kept in the message, so that it takes no memory of its own
             change = arrivals[0].mul_(self._weights[1]) if arrivals else None if self.regular else torch.zeros_like(segment.x)
-            for weight, arrival in zip(self._weights[2:], arrivals[1:]):
-                _add(change, weight, arrival)
             if change is not None:
+                for weight, arrival in zip(self._weights[2:], arrivals[1:]):
+                    _add(change, weight, arrival)
                 _add(change, self._weights[0] - 1 if self.regular else self._weights[0] - 1 / w, segment.x)
             changes.append(change)
         self._optimizer_step(bucket)
@@ -393,14 +405,14 @@ class DPSGD(OSGP):
     graph: default the ring. Raises ValueError for one that is not symmetric.
     """
 
-    def __init__(self, replicas, optimizer, graph=None, comm_dtype: str | None = None, overlap: bool = False,
-                 elementwise: bool | None = None):  # fmt: skip
+    def __init__(self, replicas: Replicas, optimizer: torch.optim.Optimizer, graph: Graph | None = None, comm_dtype: str | None = None,
+                 overlap: bool = False, elementwise: bool | None = None):  # fmt: skip
         graph = graph or Ring(replicas.cluster.num_workers)
         if not all(is_symmetric(graph, step) for step in range(graph.cycle)):
             raise ValueError(f"D-PSGD needs symmetric mixing, {type(graph).__name__} is not: choose base/graph=ring or complete")
         super().__init__(replicas, optimizer, graph, comm_dtype, overlap, elementwise)
 
 
-def _add(block: torch.Tensor, weight, arrival: torch.Tensor) -> None:
+def _add(block: torch.Tensor, weight: float | torch.Tensor, arrival: torch.Tensor) -> None:
     """block += weight * arrival, without a temporary."""
     block.add_(arrival, alpha=weight) if not isinstance(weight, torch.Tensor) else block.addcmul_(arrival, weight)

@@ -7,9 +7,18 @@ parameters and their gradients are views into segments.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.graph import increment_version
+
+from slowmo.cluster import Pending
+
+if TYPE_CHECKING:
+    from slowmo.replicas import Replicas
+
+Named = list[tuple[str, torch.nn.Parameter]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Bucket:
     segments: list[Segment]
 
 
-def cut(parameters, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
+def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
     """Buckets for `parameters`, a list of (name, parameter); groups: of each the number of its parameter group.
 
     bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early; the last two are halves,
@@ -145,7 +154,8 @@ def cut(parameters, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap
     """
     full = bucket_cap_mb * 2**20 / dtype.itemsize
     left = sum(p.numel() for _, p in parameters)
-    limit, pieces, size = full / 25, [[]], 0
+    pieces: list[list[int]] = [[]]
+    limit, size = full / 25, 0
     for index in reversed(range(len(parameters))):
         pieces[-1].append(index)
         size += parameters[index][1].numel()
@@ -156,7 +166,7 @@ def cut(parameters, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap
     return [Bucket(number, _segments(parameters, groups, piece, rows, dtype)) for number, piece in enumerate(pieces)]
 
 
-def _segments(parameters, groups, piece, rows, dtype) -> list[Segment]:
+def _segments(parameters: Named, groups: list[int], piece: list[int], rows: int, dtype: torch.dtype) -> list[Segment]:
     segments = []
     for group in sorted({groups[index] for index in piece}):
         offset, places = 0, []
@@ -188,17 +198,18 @@ class Handover:
     must wait for the mean before; math.inf where `advance` may wait for `finish`.
     """
 
-    def __init__(self, replicas, reduce=None, hooks: bool = False):
+    def __init__(self, replicas: "Replicas", reduce: Callable[[Bucket], Pending] | None = None, hooks: bool = False):
         self.replicas, self.buckets, self.reduce = replicas, replicas.buckets, reduce
-        self.starter = None  # called where gradients arrive for a step that nobody has started
+        self.starter: Callable[[], None] | None = None  # called where gradients arrive for a step that nobody has started
         if hooks:
             replicas.register_grad_hook(self._arrived)
-        self.advance, self.overlap, self.behind = None, False, 0
+        self.advance: Callable[[Bucket], None]  # from `arm` on
+        self.overlap, self.behind = False, 0.0
         self.armed, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
-        self.waits: list = []
+        self.waits: list[Pending] = []
         self.missing: list[int] = []
 
-    def arm(self, advance, overlap: bool, behind: float = 0) -> None:
+    def arm(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
         """A step begins."""
         self.advance, self.overlap, self.behind, self.armed = advance, overlap, behind, True
         self.rearm()
@@ -212,7 +223,7 @@ class Handover:
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
-    def finish(self, before_advancing=None) -> None:
+    def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
         """Hand on everything that is left. before_advancing: called when all gradients are final."""
         while self.first_unsent < len(self.buckets):
             self._send()
@@ -261,7 +272,7 @@ class Handover:
         bucket = self.buckets[self.first_unsent]
         for segment in bucket.segments:
             segment.gather_grads()
-        self.waits.append(self.reduce(bucket) if self.reduce else _nothing)
+        self.waits.append(self.reduce(bucket) if self.reduce else Pending())
         self.first_unsent += 1
         while self.overlap and self.first_waiting < self.first_unsent - self.behind:
             self._advance()
@@ -277,10 +288,6 @@ class Handover:
         bucket = self.buckets[self.first_waiting]
         self.first_waiting += 1
         self.advance(bucket)
-
-
-def _nothing() -> None:
-    """No mean is needed."""
 
 
 def _rounded(size: int, unit: int) -> int:

@@ -10,15 +10,20 @@ of its g ranks.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from slowmo.cluster import Cluster
 
 FORMAT = 2
 DTYPES = {
@@ -37,12 +42,12 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def everywhere(cluster):
+def everywhere(cluster: Cluster) -> Iterator[None]:
     """What fails inside on one rank fails on all: there as it is, on the others as PeerError that names it. Collective at its end.
 
     OSError and ValueError only; no collective may be called inside.
     """
-    error = None
+    error: OSError | ValueError | None = None
     try:
         yield
     except (OSError, ValueError) as raised:
@@ -58,7 +63,8 @@ def everywhere(cluster):
     raise error
 
 
-def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, state: dict, keep: int = 2) -> None:
+def save(folder: Path, step: int, cluster: Cluster, workers: list[dict[str, torch.Tensor]], shared: dict[str, torch.Tensor],
+         state: dict[str, Any], keep: int = 2) -> None:  # fmt: skip
     """Write `folder/step-.../` and delete all but the newest `keep`. Collective. OSError on every rank when one cannot write.
 
     workers: tensors of each worker hosted here, by key; what differs between the ranks of a worker has a key `own.<...>`, and all of
@@ -77,7 +83,7 @@ def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, st
         {key: cluster.all_gather_in_worker(value) if key.startswith("own.") else value for key, value in worker.items()}
         for worker in workers
     ]
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     with everywhere(cluster):
         if cluster.worker_rank == 0:
             tensors = {f"{i}/{key}": value for i, worker in zip(cluster.local_workers, workers) for key, value in worker.items()}
@@ -101,12 +107,13 @@ def save(folder: Path, step: int, cluster, workers: list[dict], shared: dict, st
 class Checkpoint:
     """A checkpoint whose checksums were right. step; state and shared as they were saved, tensors on the CPU."""
 
-    def __init__(self, path: Path, cluster):
-        self.path, self._worker_rank, self._worker_size = path, *((cluster.worker_rank, cluster.worker_size) if cluster else (0, 0))
+    def __init__(self, path: Path, cluster: Cluster | None):
+        self.path = path
+        self._worker_rank, self._worker_size = (cluster.worker_rank, cluster.worker_size) if cluster else (0, 0)
         manifest = _manifest(path)
         self.step, self.workers, self.state, self._files = (manifest[key] for key in ("step", "workers", "state", "files"))
 
-    def verify(self, workers) -> None:
+    def verify(self, workers: Iterable[int]) -> None:
         """Read what these workers need and compare checksums. Damaged, or OSError where reading itself fails."""
         needed = {self._file(worker) for worker in workers} | {"global.safetensors"}
         for name in sorted(needed):
@@ -143,7 +150,7 @@ class Checkpoint:
             raise Damaged(f"{name}: {error}") from None
 
 
-def load(folder: Path, cluster) -> tuple[Checkpoint | None, list[str]]:
+def load(folder: Path, cluster: Cluster) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, or None; and complaints. Collective.
 
     A damaged one, by its checksums, is renamed to `*.damaged` and the one before is taken; the complaints say so. What cannot be read for
@@ -155,8 +162,8 @@ def load(folder: Path, cluster) -> tuple[Checkpoint | None, list[str]]:
             for left in folder.glob("*.partial"):
                 _remove(left)
     with everywhere(cluster):
-        paths = [str(path) for path in _found(folder)] if cluster.is_main else None
-    complaints = []
+        paths = [str(path) for path in _found(folder)] if cluster.is_main else []
+    complaints: list[str] = []
     for path in map(Path, cluster.broadcast_object(paths)):
         problem, found = "", None
         with everywhere(cluster):
@@ -195,7 +202,7 @@ def load_model_state(folder: Path, worker: int) -> dict[str, torch.Tensor]:
             if key.removeprefix("own.").startswith("model.")}  # fmt: skip
 
 
-def _manifest(path: Path) -> dict:
+def _manifest(path: Path) -> dict[str, Any]:
     """Checked as far as anything reads it."""
     if path.is_symlink() or not path.is_dir():
         raise Damaged("it is no folder")
@@ -220,7 +227,7 @@ def _manifest(path: Path) -> dict:
     raise ValueError(f"{path} is a checkpoint of format {version}, this version reads {FORMAT}: {remedy}, or start anew with resume=never")
 
 
-def _write(path: Path, tensors: dict) -> str:
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """A safetensors file, tensor after tensor (safetensors' own writer takes all of them on the host at once); its sha256."""
     # wide types first: each tensor then starts at a multiple of its element's size
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
@@ -233,7 +240,7 @@ def _write(path: Path, tensors: dict) -> str:
     sha = hashlib.sha256()
     with open(path, "xb") as file:  # never through a link
 
-        def put(part) -> None:
+        def put(part: bytes | memoryview) -> None:
             file.write(part)
             sha.update(part)
 
@@ -245,7 +252,7 @@ def _write(path: Path, tensors: dict) -> str:
     return sha.hexdigest()
 
 
-def _open(path: Path):
+def _open(path: Path) -> io.BufferedReader:
     """A file for reading. Damaged where there is none, or a link, a folder, a pipe in its place; OSError where reading fails."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -264,7 +271,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of(body: dict) -> str:
+def _digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,12 +11,28 @@ hosts; what is global is `[1, ...]`. Four layouts, one code:
 """
 
 import atexit
+import dataclasses
 import datetime
 import os
 import socket
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """Messages under way: a call waits for them, `is_completed()` only asks. Without arguments: nothing to wait for."""
+
+    wait: Callable[[], None] = lambda: None
+    is_completed: Callable[[], bool] = lambda: True
+
+    def __call__(self) -> None:
+        self.wait()
 
 
 def layout(num_workers: int, world_size: int) -> tuple[int, int]:
@@ -89,7 +105,13 @@ class Cluster:
                 group = dist.new_group(range(place, self.world_size, self.worker_size), timeout=limit)
                 self._across = group if place == self.worker_rank else self._across
 
-    def mean(self, rows: torch.Tensor, wait: bool = True):
+    @overload
+    def mean(self, rows: torch.Tensor, wait: Literal[True] = True) -> torch.Tensor: ...
+
+    @overload
+    def mean(self, rows: torch.Tensor, wait: Literal[False]) -> Callable[[], torch.Tensor]: ...
+
+    def mean(self, rows: torch.Tensor, wait: bool = True) -> torch.Tensor | Callable[[], torch.Tensor]:
         """Exact mean over all m workers: `[n, d]` -> `[1, d]`, the same bits everywhere. Allocates its result and nothing more.
 
         wait=False starts it and gives a function that waits and returns the mean; `rows` may change meanwhile.
@@ -108,7 +130,7 @@ class Cluster:
 
         return finish() if wait else finish
 
-    def shift(self, rows: torch.Tensor, offset: int, out: torch.Tensor, dtype: torch.dtype | None = None):
+    def shift(self, rows: torch.Tensor, offset: int, out: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[[], torch.Tensor]:
         """Start sending worker i's row to worker i + offset (mod m). Returns `receive()`, which waits and gives the arrivals `[n, d]`.
 
         `out` `[n, d]` takes the arrivals. Neither `rows` may change nor `out` be read before `receive()` has returned. dtype: what is
@@ -146,24 +168,19 @@ class Cluster:
 
         return receive
 
-    def all_reduce(self, values: torch.Tensor, op: str = "sum", inside: bool = False, wait: bool = True):
+    def all_reduce(self, values: torch.Tensor, op: str = "sum", inside: bool = False, wait: bool = True) -> Pending:
         """Sum, min or max of `values` over all ranks (`inside`: over this worker's), in place.
 
         Gives a function that waits, and with wait=True has waited already.
         """
         if (self.worker_size if inside else self.world_size) == 1:
-            return _done
+            return Pending()
         group = self._inside if inside else self._group
         handle = dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=group, async_op=True)
         if wait:
             self._wait(handle)
-            return _done
-
-        def finish() -> None:
-            self._wait(handle)
-
-        finish.is_completed = handle.is_completed
-        return finish
+            return Pending()
+        return Pending(lambda: self._wait(handle), handle.is_completed)
 
     def all_reduce_max(self, flag: int) -> int:
         """The largest `flag` of all ranks: one answer for all. Costs one tiny all-reduce; nothing when P = 1."""
@@ -178,18 +195,17 @@ class Cluster:
         if self.world_size > 1:
             self._wait(dist.broadcast(values, 0, group=self._group, async_op=True))
 
-    def broadcast_object(self, value):
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's small Python object everywhere (between ranks of one run; never from a file)."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, 0, group=self._group, device=self.device)
         return box[0]
 
-    def all_gather_object(self, value) -> list:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's small Python object, in order of rank, everywhere."""
-        values = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -210,7 +226,7 @@ class Cluster:
         if self._started_here and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _wait(self, handle) -> None:
+    def _wait(self, handle: Any) -> None:
         """RuntimeError that says what a user can do where a peer has gone or is silent."""
         if handle is None:
             return
@@ -236,10 +252,3 @@ class Cluster:
         ]
         for handle in handles:
             self._wait(handle)
-
-
-def _done() -> None:
-    """Nothing to wait for."""
-
-
-_done.is_completed = lambda: True

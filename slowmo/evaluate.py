@@ -1,16 +1,21 @@
 """The averaged model, and how far workers are from it."""
 
 import math
+from typing import Any
 
 import torch
 
-from slowmo.replicas import recalibrate
+from slowmo.outer import Algorithm
+from slowmo.replicas import Replicas, recalibrate
+from slowmo.train import Task, TrainingMeter
 
 BATCHNORM = ("average", "local", "recalibrate")
 
 
 @torch.no_grad()
-def evaluate(task, replicas, algorithm, meter, batchnorm: str = "average"):
+def evaluate(
+    task: Task, replicas: Replicas, algorithm: Algorithm, meter: TrainingMeter, batchnorm: str = "average"
+) -> tuple[dict[str, Any], torch.nn.Module]:
     """The averaged model, its BatchNorm statistics by `batchnorm`, and a metric row for it.
 
     batchnorm: `average` of the workers' running statistics, `local` (worker 0's), or `recalibrate` (on one training batch of each of up
@@ -61,7 +66,7 @@ def evaluate(task, replicas, algorithm, meter, batchnorm: str = "average"):
 
 
 @torch.no_grad()
-def evaluate_workers(task, replicas, algorithm, band: bool = False) -> dict:
+def evaluate_workers(task: Task, replicas: Replicas, algorithm: Algorithm, band: bool = False) -> dict[str, float]:
     """How far workers are apart: `consensus_distance`, the root of the mean of ‖z_i − z̄‖², and with `band` the least and the largest
     of each metric over the workers' own models, `*_worker_min` and `*_worker_max`, on the samples that the averaged model is judged on.
 
@@ -80,9 +85,10 @@ def evaluate_workers(task, replicas, algorithm, band: bool = False) -> dict:
     row = {"consensus_distance": math.sqrt(float(apart) / cluster.world_size)}
     if not band:
         return row
-    found, names = [], []
+    found: list[list[float]] = []
+    names: list[str] = []
     for replica, own in zip(replicas.models, replicas.buffers()):
-        shared = replicas.mean_buffers_in_worker()
+        shared = replicas.mean_buffers_in_worker() or {}
         before = {name: buffer.clone() for name, buffer in own.items()} if shared else {}
         for name in before:
             own[name].copy_(shared[name])
@@ -94,10 +100,10 @@ def evaluate_workers(task, replicas, algorithm, band: bool = False) -> dict:
             own[name].copy_(value)
         names = [name for name in sums if name != "count"]
         found.append([sums[name] for name in (*names, "count")])
-    found = torch.tensor(found, dtype=torch.float64, device=mean[0].device)
-    cluster.all_reduce(found, inside=True)
-    found = found[:, :-1] / found[:, -1:]
-    low, high = found.amin(0), found.amax(0)
+    totals = torch.tensor(found, dtype=torch.float64, device=mean[0].device)
+    cluster.all_reduce(totals, inside=True)
+    means = totals[:, :-1] / totals[:, -1:]
+    low, high = means.amin(0), means.amax(0)
     cluster.all_reduce(low, "min")
     cluster.all_reduce(high, "max")
     for k, name in enumerate(names):

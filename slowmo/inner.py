@@ -8,8 +8,13 @@ needs a rank of its own.
 """
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from slowmo.buckets import Bucket, Segment
+from slowmo.replicas import Replicas
 
 ELEMENTWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad,
@@ -20,7 +25,9 @@ COUNTERS = ("step", "eta", "mu", "mu_product")  # the names of torch's states th
 ZERO_STATE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.RMSprop)
 
 
-def inner_optimizer(optimizer: torch.optim.Optimizer, replicas, elementwise: bool | None = None, overlap: bool = False):
+def inner_optimizer(
+    optimizer: torch.optim.Optimizer, replicas: Replicas, elementwise: bool | None = None, overlap: bool = False
+) -> "SegmentOptimizer | WholeOptimizer":
     """`optimizer`, built over the parameters of `replicas.models[0]`, for the algorithms of base.py.
 
     elementwise: default by class. Raises ValueError for something else than an optimizer over these parameters, and for one that is not
@@ -59,13 +66,13 @@ class SegmentOptimizer:
     which is the same under every layout.
     """
 
-    step_all = None  # buckets are stepped one by one
+    step_all: None = None  # buckets are stepped one by one
     skip_missing = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, replicas):
+    def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
         self.optimizer, self.replicas = optimizer, replicas
         self.state = type(optimizer.state)(dict)
-        self.twins = []
+        self.twins: list[torch.optim.Optimizer] = []
         for bucket in replicas.buckets:
             groups = [
                 {**group, "params": [segment.x for segment in bucket.segments if segment.group == number]}
@@ -89,7 +96,7 @@ class SegmentOptimizer:
             for mine, number in zip(twin.param_groups, numbers):
                 self.optimizer.param_groups[number].update({k: v for k, v in mine.items() if k != "params"})
 
-    def step(self, bucket) -> None:
+    def step(self, bucket: Bucket) -> None:
         """Step a bucket's segments."""
         for segment in bucket.segments:
             segment.x.grad = segment.grad if segment.has_gradient or not self.skip_missing else None
@@ -97,11 +104,11 @@ class SegmentOptimizer:
         for segment in bucket.segments:
             segment.x.grad = None
 
-    def blocks(self, segment) -> dict[str, torch.Tensor]:
+    def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
         """The state of a segment that is per element, `[n, d]` by name (momentum_buffer, exp_avg, ...)."""
         return {k: v for k, v in self.state.get(segment.x, {}).items() if per_element(k, v, segment.x)}
 
-    def reset(self, segment) -> None:
+    def reset(self, segment: Segment) -> None:
         """As if the optimizer had never stepped."""
         group = self.optimizer.param_groups[segment.group]
         kind, state = type(self.optimizer), self.state.get(segment.x)
@@ -118,7 +125,7 @@ class SegmentOptimizer:
                 fresh = torch.optim.Adagrad([segment.x], **options)
                 self.state[segment.x] = fresh.state[segment.x]
 
-    def average(self, segment) -> None:
+    def average(self, segment: Segment) -> None:
         """Average what is per element over all workers; counters are the same everywhere and stay."""
         for block in self.blocks(segment).values():
             block.copy_(self.replicas.cluster.mean(block))
@@ -127,7 +134,8 @@ class SegmentOptimizer:
 
     def named(self, row: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(views `STATE.NAME` of a worker's state, what is the same for all workers)."""
-        own, shared = {}, {}
+        own: dict[str, torch.Tensor] = {}
+        shared: dict[str, torch.Tensor] = {}
         for segment in self.replicas.segments:
             for key, value in self.state.get(segment.x, {}).items():
                 for place in segment.places:
@@ -151,7 +159,7 @@ class SegmentOptimizer:
                 for key, value in entries(place.name, shared):
                     self._put_scalar(segment, key, value, place.name)
 
-    def _put_scalar(self, segment, key: str, value, name: str) -> None:
+    def _put_scalar(self, segment: Segment, key: str, value: Any, name: str) -> None:
         state = self.state[segment.x]
         before = state.get(key)
         value = value.clone() if isinstance(value, torch.Tensor) else value
@@ -165,7 +173,7 @@ class SegmentOptimizer:
             )
         state[key] = value
 
-    def _import(self, segment) -> None:
+    def _import(self, segment: Segment) -> None:
         """State that the optimizer has already, from steps without us, or because it fills it when it is built."""
         for row in range(len(self.replicas.models)):
             for place, (p, _, _) in zip(segment.places, segment.members):
@@ -180,7 +188,7 @@ class SegmentOptimizer:
         for p, _, _ in segment.members[: len(segment.places)]:
             self.optimizer.state.pop(p, None)
 
-    def _twin(self, groups: list[dict]) -> torch.optim.Optimizer:
+    def _twin(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         twin = object.__new__(type(self.optimizer))
         twin.__dict__.update(self.optimizer.__dict__)
         twin.__dict__.pop("step", None)  # a scheduler's counting wrapper: it counts the user's steps
@@ -195,7 +203,7 @@ class WholeOptimizer:
 
     skip_missing = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, replicas):
+    def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
         self.optimizer, self.replicas = optimizer, replicas
         self._at_first = {p: {k: copy.deepcopy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
         if any(p.dtype != x.dtype for segment in replicas.segments for p, x, _ in segment.members):
@@ -206,7 +214,7 @@ class WholeOptimizer:
 
     push = pull
 
-    def step(self, bucket) -> None:
+    def step(self, bucket: Bucket) -> None:
         """Nothing: see `step_all`."""
 
     def step_all(self) -> None:
@@ -216,23 +224,23 @@ class WholeOptimizer:
                 segment.take_grads()
         type(self.optimizer).step(self.optimizer)
 
-    def blocks(self, segment) -> dict[str, torch.Tensor]:
+    def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
         return {}
 
-    def reset(self, segment) -> None:
+    def reset(self, segment: Segment) -> None:
         for p, _, _ in segment.members:
             self.optimizer.state.pop(p, None)
             if p in self._at_first:
                 self.optimizer.state[p] = copy.deepcopy(self._at_first[p])
 
-    def average(self, segment) -> None:
+    def average(self, segment: Segment) -> None:
         for p, _, _ in segment.members:
             for value in self.optimizer.state.get(p, {}).values():
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
                     value.copy_(self.replicas.cluster.mean(value.reshape(1, -1)).view(value.shape))
 
     def named(self, row: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        own = {}
+        own: dict[str, torch.Tensor] = {}
         for segment in self.replicas.segments:
             for place, (p, _, _) in zip(segment.places, segment.members):
                 own |= {f"{k}.{place.name}": torch.as_tensor(v) for k, v in self.optimizer.state.get(p, {}).items() if v is not None}
@@ -244,11 +252,11 @@ class WholeOptimizer:
                 self.optimizer.state[p] = {key: value.clone() for key, value in entries(place.name, own | shared)}
 
 
-def per_element(key: str, value, like: torch.Tensor) -> bool:
+def per_element(key: str, value: Any, like: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == like.shape and key not in COUNTERS
 
 
-def entries(name: str, values: dict) -> list[tuple[str, torch.Tensor]]:
+def entries(name: str, values: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """(STATE, value) of each `STATE.NAME`. Names of parameters have dots, those of states do not."""
     ending = f".{name}"
     return [(key[: -len(ending)], value) for key, value in values.items() if key.endswith(ending) and "." not in key[: -len(ending)]]

@@ -7,6 +7,8 @@ optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
 import contextlib
 import copy
 import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,6 +17,7 @@ from slowmo import outer
 from slowmo.cluster import Cluster
 from slowmo.inner import ELEMENTWISE, entries, per_element
 from slowmo.replicas import Replicas, agree
+from slowmo.topology import Graph
 
 BASES = {"local_sgd": bases.LocalSGD, "sgp": bases.SGP, "osgp": bases.OSGP, "dpsgd": bases.DPSGD, "allreduce": bases.AllReduce}
 
@@ -43,9 +46,9 @@ class SlowMo(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # a GradScaler hands over its scale and what it found, and ranks agree on skipping a step
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, base: str = "sgp", tau: int = 12, alpha: float = 1.0,
-                 beta: float = 0.7, buffers: str = "reset", exact: bool = True, *, graph=None, num_workers: int | None = None,
-                 overlap: bool = False, bucket_cap_mb: float = 25.0, accumulate: int = 1, elementwise: bool | None = None,
-                 timeout: float = 600.0, cluster: Cluster | None = None):  # fmt: skip
+                 beta: float = 0.7, buffers: str = "reset", exact: bool = True, *, graph: Graph | None = None,
+                 num_workers: int | None = None, overlap: bool = False, bucket_cap_mb: float = 25.0, accumulate: int = 1,
+                 elementwise: bool | None = None, timeout: float = 600.0, cluster: Cluster | None = None):  # fmt: skip
         if base not in BASES:
             raise ValueError(f"base={base!r}: choose one of {', '.join(BASES)}")
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -98,7 +101,7 @@ class SlowMo(torch.optim.Optimizer):
         elif handover.touched and self.replicas.accumulate == 1 and not handover.half_done:
             handover.rearm()  # gradients were averaged and more are to be added to them; or backward has failed
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; after every tau-th the slow step. closure: as in torch, it computes the loss and gradients. Returns its loss."""
         loss = None
         if closure is not None:
@@ -107,7 +110,7 @@ class SlowMo(torch.optim.Optimizer):
         if not self._skips():
             self.algorithm.step()
             self._count()
-        self.inner_optimizer._opt_called = True  # for a scheduler that was built on it
+        self.inner_optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that was built on it
         return loss
 
     def _skips(self) -> bool:
@@ -122,10 +125,11 @@ class SlowMo(torch.optim.Optimizer):
         if self.cluster.all_reduce_max(int(bool(found))):
             self.zero_grad()
             return True
-        for segment in self.replicas.segments if scale is not None else ():
-            segment.gather_grads()
-            if segment.has_gradient:
-                segment.grad.div_(scale)
+        if scale is not None:
+            for segment in self.replicas.segments:
+                segment.gather_grads()
+                if segment.has_gradient:
+                    segment.grad.div_(scale)
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -140,7 +144,7 @@ class SlowMo(torch.optim.Optimizer):
             segment.zero_grads()
 
     @contextlib.contextmanager
-    def no_sync(self):
+    def no_sync(self) -> Iterator[None]:
         """Backward passes inside only add to the gradients: all but the last of a step, for accumulation."""
         handover = self.algorithm.base.handover
         before, handover.paused = handover.paused, True
@@ -157,7 +161,7 @@ class SlowMo(torch.optim.Optimizer):
         return copy.deepcopy(self.replicas.materialize(self.algorithm.base.average(), self.replicas.mean_buffers()))
 
     @contextlib.contextmanager
-    def averaged(self):
+    def averaged(self) -> Iterator[torch.nn.Module]:
         """The model holds the exact average of all workers inside, and its own iterate again afterwards. A collective.
 
         In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a forward pass and its step.
@@ -183,15 +187,15 @@ class SlowMo(torch.optim.Optimizer):
 
     # --- state, per parameter as torch has it ---
 
-    @property
-    def state(self) -> dict[torch.nn.Parameter, dict]:
+    @property  # type: ignore[override]  # torch's is an attribute
+    def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
         """Of each parameter: the optimizer's state and, as `slowmo_x0` and `slowmo_u`, SlowMo's. To write, use load_state_dict."""
         if getattr(self, "algorithm", None) is None:  # torch's constructor asks; Lightning's wrappers have our class and not our __dict__
             return {}
         own, shared = self.algorithm.base.inner.named(0)
         out = {}
         for p, (segment, place) in self._stands_in_for.items():
-            found = dict(entries(place.name, own)) | {key: value.clone() for key, value in entries(place.name, shared)}
+            found: dict[str, Any] = dict(entries(place.name, own)) | {key: value.clone() for key, value in entries(place.name, shared)}
             if self.algorithm.slow:
                 blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
                 found |= {f"slowmo_{key}": place.of(block, 0) for key, block in blocks}
@@ -200,17 +204,17 @@ class SlowMo(torch.optim.Optimizer):
         return out
 
     @state.setter
-    def state(self, value) -> None:
+    def state(self, value: Any) -> None:
         """torch's constructor sets an empty one; there is nothing to take from it."""
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """In torch's layout. Each rank's own: save every rank's. The groups have `slowmo_steps` and `slowmo_w`, the push-sum weight."""
         out = super().state_dict()
         out["state"] = {k: {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in s.items()} for k, s in out["state"].items()}
         return out
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A state of `state_dict`, or of the wrapped optimizer in plain torch: then x0 is taken at the next forward pass.
 
         Load the model's parameters before or after, but before the next step. ValueError, before anything is written, for another model's.
@@ -222,7 +226,10 @@ class SlowMo(torch.optim.Optimizer):
             raise ValueError("the state has other parameter groups than this optimizer: build it with the same groups")
         places = {p: place for p, (_, place) in self._stands_in_for.items()}
         order = {number: p for mine, saved in zip(self.param_groups, groups) for number, p in zip(saved["params"], mine["params"])}
-        own, shared, slow, known = {}, {}, {}, type(self.inner_optimizer) in ELEMENTWISE
+        own: dict[str, torch.Tensor] = {}
+        shared: dict[str, torch.Tensor] = {}
+        slow: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        known = type(self.inner_optimizer) in ELEMENTWISE
         for number, found in state_dict["state"].items():
             p = order[number]
             if p not in places:
@@ -244,9 +251,9 @@ class SlowMo(torch.optim.Optimizer):
         base.inner.load(0, own, shared)
         self.algorithm.slow = None
         if slow:
-            self.algorithm.blank()
+            blank = self.algorithm.blank()
             for p, (segment, place) in self._stands_in_for.items():
-                for key, block in zip(self.algorithm.slow_names, self.algorithm.slow[segment]):
+                for key, block in zip(self.algorithm.slow_names, blank[segment]):
                     place.of(block, 0).copy_(slow[p][key])
         extra = groups[0]
         for mine, saved in zip(self.param_groups, groups):
@@ -256,10 +263,10 @@ class SlowMo(torch.optim.Optimizer):
         base.steps = int(extra.get("slowmo_steps", 0))
         self._count()
         self.replicas.forget()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """ValueError after construction: what is trained is fixed then."""
         if getattr(self, "algorithm", None) is not None:
             raise ValueError("parameters cannot be added to SlowMo: add the group to the optimizer, and wrap model and optimizer again")
@@ -267,18 +274,20 @@ class SlowMo(torch.optim.Optimizer):
 
     def _count(self) -> None:
         """In the user's groups, where every way to save an optimizer's state finds it."""
-        w = getattr(self.algorithm.base, "w", None)
+        base = self.algorithm.base
+        w = float(base.w) if isinstance(base, bases.SGP) and not base.regular else 1.0
         for group in self.param_groups:
-            group["slowmo_steps"], group["slowmo_w"] = self.steps, 1.0 if w is None or self.algorithm.base.regular else float(w)
+            group["slowmo_steps"], group["slowmo_w"] = self.steps, w
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> None:
         """The wrapped optimizer's own step would move this worker and send nothing."""
 
-        def step(*_, **__):
+        def step(*_: Any, **__: Any) -> NoReturn:
             raise RuntimeError("this optimizer is wrapped in SlowMo: call the SlowMo object's step() instead")
 
-        step._wrapped_by_lr_sched = True  # a scheduler that was built on it before finds what it looks for
-        optimizer.step = step
+        # a scheduler that was built on it before finds what it looks for
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch marks a function, too
+        optimizer.step = step  # type: ignore[method-assign]  # of this one object, not of its class
 
     def _write(self, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -293,17 +302,17 @@ class _BeforeForward:
     """The hook of a model in a SlowMo's hands. Copies and pickles of the model are in nobody's hands: theirs does nothing."""
 
     def __init__(self, optimizer: SlowMo | None = None):
-        self._optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+        self._optimizer: Callable[[], SlowMo | None] = weakref.ref(optimizer) if optimizer is not None else lambda: None
 
     @torch.compiler.disable
-    def __call__(self, module, args) -> None:
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
         optimizer = self._optimizer()
         inside_backward = torch._C._current_graph_task_id() != -1  # the recomputation of a checkpoint is not a step
         if optimizer is not None and module.training and torch.is_grad_enabled() and not inside_backward:
             optimizer.before_forward()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return _BeforeForward, ()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: Any) -> "_BeforeForward":
         return _BeforeForward()

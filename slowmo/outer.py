@@ -7,9 +7,14 @@ a slow step comes after each k that τ divides. x0 is taken at the first start, 
 segment: x0 and u are `[1, d]` for each, and a slow step takes two temporaries of a segment; with exact=False these are `[n, d]`.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from slowmo.base import BUFFERS
+from slowmo.base import BUFFERS, LocalSGD
+from slowmo.buckets import Segment
+
+Kept = dict[Segment, tuple[torch.Tensor, ...]]  # of each segment, one for each of `slow_names`
 
 
 class Average:
@@ -19,15 +24,16 @@ class Average:
     Yu et al. 2019). Raises ValueError for τ < 1 or another word.
     """
 
-    slow_names = ()  # of what it keeps for each segment
+    slow_names: tuple[str, ...] = ()  # of what it keeps for each segment
 
-    def __init__(self, base, tau: int, buffers: str = "maintain"):
+    def __init__(self, base: LocalSGD, tau: int, buffers: str = "maintain"):
         if not isinstance(tau, int) or isinstance(tau, bool) or tau < 1:
             raise ValueError(f"tau={tau}: the number of inner steps between slow steps is a whole number >= 1")
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFERS)}")
         self.base, self.tau, self.buffers, self.exact = base, tau, buffers, True
-        self.replicas, self.slow = base.replicas, None
+        self.replicas = base.replicas
+        self.slow: Kept | None = None
 
     @property
     def steps(self) -> int:
@@ -45,7 +51,7 @@ class Average:
         self.base.start(lr, self.buffers if self.exact and self.due else None)
 
     @torch.no_grad()
-    def step(self, before_average=None) -> None:
+    def step(self, before_average: Callable[[], None] | None = None) -> None:
         """The rest of the inner step, and after every τ-th the slow step. before_average: called just before that, line 6."""
         if not self.base.started:
             self.start()
@@ -62,11 +68,12 @@ class Average:
         self.base.rebase()
         self.slow = {}
 
-    def blank(self) -> None:
+    def blank(self) -> Kept:
         """As `rebase`, with zeros: what a loaded state is written into."""
         self.slow = {}
+        return self.slow
 
-    def _slow_step(self, segment, lr: float) -> None:
+    def _slow_step(self, segment: Segment, lr: float) -> None:
         self.base.restart(segment, self.base.averaged(segment), self.buffers)
 
     def comm_volume(self) -> tuple[float, float]:
@@ -76,7 +83,8 @@ class Average:
         if self.buffers == "average":
             blocks += len(self.base.inner.blocks(self.replicas.segments[0]))
         average = (2 * (m - 1) * blocks, 2 * (m - 1) / m * blocks)
-        return tuple(((self.tau - 1) * a + b + c) / self.tau for a, b, c in zip(inner, last, average))
+        messages, numbers = (((self.tau - 1) * a + b + c) / self.tau for a, b, c in zip(inner, last, average))
+        return messages, numbers
 
 
 class SlowMo(Average):
@@ -88,7 +96,7 @@ class SlowMo(Average):
 
     slow_names = ("x0", "u")
 
-    def __init__(self, base, tau: int, alpha: float = 1.0, beta: float = 0.7, buffers: str = "reset", exact: bool = True):
+    def __init__(self, base: LocalSGD, tau: int, alpha: float = 1.0, beta: float = 0.7, buffers: str = "reset", exact: bool = True):
         super().__init__(base, tau, buffers)
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: the slow momentum lies in [0, 1)")
@@ -97,17 +105,19 @@ class SlowMo(Average):
         self.alpha, self.beta, self.exact = alpha, beta, exact
 
     @torch.no_grad()
-    def rebase(self):
+    def rebase(self) -> None:
         super().rebase()
         x0 = self.base.average() if self.exact else [segment.x.detach().clone() for segment in self.replicas.segments]
         self.slow = {segment: (x, torch.zeros_like(x)) for segment, x in zip(self.replicas.segments, x0)}
 
-    def blank(self):
+    def blank(self) -> Kept:
         rows = 1 if self.exact else len(self.replicas.models)
         zeros = lambda segment: torch.zeros(rows, segment.x.shape[1], dtype=segment.x.dtype, device=segment.x.device)
         self.slow = {segment: (zeros(segment), zeros(segment)) for segment in self.replicas.segments}
+        return self.slow
 
-    def _slow_step(self, segment, lr):
+    def _slow_step(self, segment: Segment, lr: float) -> None:
+        assert self.slow is not None, "start takes x0"
         x0, u = self.slow[segment]
         x = self.base.averaged(segment) if self.exact else segment.x    # 6  exact average, under way since its gradient was there
         if lr == 0:
@@ -115,7 +125,7 @@ class SlowMo(Average):
         self._update(x0, u, x, lr)
         self.base.restart(segment, x0, self.buffers, self.exact)        # 2  reset | maintain | average
 
-    def _update(self, x0, u, x, lr):
+    def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
         u.mul_(self.beta).add_(x0 - x, alpha=1 / lr)                    # 7  slow momentum
         x0.sub_(u, alpha=self.alpha * lr)                               # 8  outer iterate
 
@@ -123,7 +133,10 @@ class SlowMo(Average):
 class NesterovOuter(SlowMo):
     """DiLoCo's outer step (Douillard et al. 2023), to compare with: Nesterov momentum on x0 - x, not divided by the learning rate."""
 
-    def _update(self, x0, u, x, lr):
+    def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
         delta = x0 - x
         u.mul_(self.beta).add_(delta)
         x0.sub_(delta.add_(u, alpha=self.beta), alpha=self.alpha)
+
+
+Algorithm = LocalSGD | Average  # what the loop takes: a base, or an outer one over it

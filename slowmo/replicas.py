@@ -2,6 +2,8 @@
 
 import copy
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -61,7 +63,8 @@ class Replicas:
         limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
         self.buckets: list[Bucket] = cut(named, groups, len(cluster.local_workers), dtype, limit)
         self.segments: list[Segment] = [segment for bucket in self.buckets for segment in bucket.segments]
-        self._copy, self._hooks = None, []
+        self._copy: torch.nn.Module | None = None
+        self._hooks: list[Callable[..., None]] = []
         for row, replica in enumerate(self.models):
             parameters = [p for p in replica.parameters() if _trained(p)]
             for segment in self.segments:
@@ -110,7 +113,7 @@ class Replicas:
     def _now(self) -> list[int]:
         return [p._version for segment in self.segments for p, _, _ in segment.members[: len(segment.places)]]
 
-    def register_grad_hook(self, call) -> None:
+    def register_grad_hook(self, call: Callable[..., None]) -> None:
         """After backward has written a parameter's gradient: `call(bucket)`, once per parameter, replica and backward pass."""
         self._hooks.append(call)
         for bucket in self.buckets:
@@ -133,7 +136,7 @@ class Replicas:
 
     def flat(self, blocks: list[torch.Tensor]) -> torch.Tensor:
         """`blocks` as one new tensor `[n or 1, numel]`, in the order of `model.parameters()` and of each one's memory."""
-        parts = {}
+        parts: dict[int, torch.Tensor] = {}
         for segment, block in zip(self.segments, blocks):
             parts |= {place.index: part for place, part in zip(segment.places, segment.used(block))}
         return torch.cat([parts[index].detach() for index in range(len(parts))], 1)
@@ -184,7 +187,7 @@ class Replicas:
         return self._copy.eval()
 
 
-def recalibrate(model: torch.nn.Module, batches, forward) -> None:
+def recalibrate(model: torch.nn.Module, batches: Iterable[Any], forward: Callable[[torch.nn.Module, Any], Any]) -> None:
     """Recompute BatchNorm statistics of `model` as plain averages over `forward(model, batch)` for each batch, without gradients."""
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     momenta = [module.momentum for module in norms]
@@ -204,7 +207,7 @@ def _trained(p: torch.Tensor) -> bool:
     return p.requires_grad and p.numel() > 0
 
 
-def _widest(trained: list[torch.Tensor]) -> torch.dtype:
+def _widest(trained: Sequence[torch.Tensor]) -> torch.dtype:
     """The dtype of rows. ValueError for parameters that rows cannot hold."""
     if not trained:
         raise ValueError("the model has no parameter that requires a gradient: nothing to train")
@@ -233,7 +236,7 @@ def _groups(trained: list[torch.nn.Parameter], param_groups: list[dict] | None) 
     return [group_of[p] for p in trained]
 
 
-def agree(cluster: Cluster, what: str, facts) -> None:
+def agree(cluster: Cluster, what: str, facts: Any) -> None:
     """ValueError on every rank where `facts` differ between ranks."""
     for rank, other in enumerate(cluster.all_gather_object(facts)):
         if other != facts:
@@ -251,7 +254,8 @@ def _averaged(workers: list[dict[str, torch.Tensor]], cluster: Cluster, inside: 
     out = {name: buffer.detach().clone() for name, buffer in workers[0].items()}
     numbers = [name for name, buffer in out.items() if buffer.is_floating_point() or buffer.is_complex()]
     if numbers:
-        total = sum(torch.cat([_real(worker[name]).to(cluster.device) for name in numbers]) for worker in workers)
+        rows = (torch.cat([_real(worker[name]).to(cluster.device) for name in numbers]) for worker in workers)
+        total = sum(rows, torch.zeros((), dtype=torch.float64, device=cluster.device))
         cluster.all_reduce(total, inside=inside)
         total /= cluster.worker_size if inside else len(workers) * cluster.world_size
         for name, part in zip(numbers, total.split([_real(out[name]).numel() for name in numbers])):

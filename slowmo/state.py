@@ -8,16 +8,22 @@ x0 and u are shared with exact averages, else each worker's own. Buffers of mode
 worker is several ranks, each has its own and they are `own.NAME`.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
+from slowmo.base import LocalSGD
 from slowmo.inner import WholeOptimizer
+from slowmo.outer import Algorithm
 
 
-def state_dict(algorithm) -> dict:
+def state_dict(algorithm: Algorithm) -> dict[str, Any]:
     """The state of a base or an outer algorithm. Tensors are views: save or clone them before the next step."""
     base, replicas = algorithm.base, algorithm.replicas
     x = [segment.x.detach() for segment in replicas.segments]
-    workers, shared = [], {}
+    workers: list[dict[str, torch.Tensor]] = []
+    shared: dict[str, torch.Tensor] = {}
     kind = "model" if base.cluster.worker_size == 1 else "own"
     for row in range(len(replicas.models)):
         own, same = base.inner.named(row)
@@ -37,7 +43,7 @@ def state_dict(algorithm) -> dict:
 
 
 @torch.no_grad()
-def load_state_dict(algorithm, state: dict) -> None:
+def load_state_dict(algorithm: Algorithm, state: dict[str, Any]) -> None:
     """The inverse of `state_dict`. state["workers"] may be anything that gives a worker's dict by its row, read one after another.
 
     ValueError, before anything is written, where names or shapes are not this model's or this algorithm's.
@@ -53,9 +59,8 @@ def load_state_dict(algorithm, state: dict) -> None:
     if len(state["groups"]) != len(base.optimizer.param_groups):
         raise ValueError(f"the state has {len(state['groups'])} parameter groups, the optimizer {len(base.optimizer.param_groups)}")
     x = [segment.x.detach() for segment in replicas.segments]
-    if algorithm is not base:
-        algorithm.blank()
-    slow = [[values[k] for values in algorithm.slow.values()] for k in range(len(slow_names))]
+    blank = {} if isinstance(algorithm, LocalSGD) else algorithm.blank()
+    slow = [[values[k] for values in blank.values()] for k in range(len(slow_names))]
     for row in rows:
         worker = state["workers"][row]
         values = worker | shared
@@ -82,17 +87,17 @@ def load_state_dict(algorithm, state: dict) -> None:
     replicas.forget()
 
 
-def _slow(algorithm, row: int) -> dict[str, torch.Tensor]:
+def _slow(algorithm: Algorithm, row: int) -> dict[str, torch.Tensor]:
     if not algorithm.slow_names or algorithm.slow is None:
         return {}
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     for k, key in enumerate(algorithm.slow_names):
         blocks = [values[k] for values in algorithm.slow.values()]
         out |= {f"slow.{key}.{name}": view for name, view in algorithm.replicas.named(blocks, row).items()}
     return out
 
 
-def _check(algorithm, worker: dict, shared: dict, slow_names) -> None:
+def _check(algorithm: Algorithm, worker: dict[str, torch.Tensor], shared: dict[str, torch.Tensor], slow_names: Iterable[str]) -> None:
     places = {place.name: place.shape for segment in algorithm.replicas.segments for place in segment.places}
     buffers = {name: buffer.shape for name, buffer in algorithm.replicas.buffers()[0].items()}
     needed = {f"model.{name}" for name in places}
@@ -115,7 +120,7 @@ def _check(algorithm, worker: dict, shared: dict, slow_names) -> None:
             raise ValueError(f"{key} has shape {list(value.shape)} in the state, and {list(shape)} in the model: it is another model's")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     return list(value) if isinstance(value, tuple) else value

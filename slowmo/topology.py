@@ -9,7 +9,21 @@ workers, or a tuple of m numbers, one a sender. Steps count from 0 and never res
 repeats.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
 import torch
+
+Weight = float | tuple[float, ...]
+
+
+class Graph(Protocol):
+    """What a graph is, see above."""
+
+    size: int
+    cycle: int
+
+    def __call__(self, step: int) -> Mapping[int, Weight]: ...
 
 
 class Exponential:
@@ -57,7 +71,7 @@ class Mixing:
     Where workers receive unequally, push-sum weights differ from 1. ValueError when a column does not sum to 1 or an entry is negative.
     """
 
-    def __init__(self, size: int, matrices):
+    def __init__(self, size: int, matrices: Any):
         stack = torch.as_tensor(matrices, dtype=torch.float64)
         stack = stack if stack.ndim == 3 else stack.unsqueeze(0)
         if stack.shape[1:] != (size, size):
@@ -77,13 +91,13 @@ class Mixing:
         return self.rounds[step % len(self.rounds)]
 
 
-def _equal(offsets) -> dict[int, float]:
+def _equal(offsets: Iterable[int]) -> dict[int, float]:
     """Equal weights for what is kept and each distinct offset (at m = 2 and 3 several rules name the same edge twice)."""
     offsets = list(dict.fromkeys(offsets))
     return {offset: 1 / (len(offsets) + 1) for offset in [0, *offsets]}
 
 
-def mixing_matrix(graph, step: int) -> torch.Tensor:
+def mixing_matrix(graph: Graph, step: int) -> torch.Tensor:
     """The m x m matrix P of a round, float64: entry [i, j] is the weight of itself that worker j gives to worker i."""
     matrix = torch.zeros(graph.size, graph.size, dtype=torch.float64)
     for offset, weight in graph(step).items():
@@ -92,7 +106,7 @@ def mixing_matrix(graph, step: int) -> torch.Tensor:
     return matrix
 
 
-def is_symmetric(graph, step: int) -> bool:
+def is_symmetric(graph: Graph, step: int) -> bool:
     """Whether the round's matrix is symmetric: i gives j what j gives i."""
     m, offsets = graph.size, graph(step)
     for offset, weight in offsets.items():

@@ -7,10 +7,24 @@ has the contract.
 import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol
 
 import torch
 
-from slowmo.vectorize import vectorized
+from slowmo.outer import Algorithm
+from slowmo.replicas import Replicas
+from slowmo.vectorize import VmapReplicas, vectorized
+
+
+class Task(Protocol):
+    """What training and evaluation ask of a task."""
+
+    def batches(self, step: int, workers: range, part: tuple[int, int], /) -> Iterable[Any]: ...
+
+    def loss(self, model: torch.nn.Module, batch: Any, /) -> torch.Tensor: ...
+
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int], /) -> dict[str, Any]: ...
 
 
 class TrainingMeter:
@@ -21,8 +35,8 @@ class TrainingMeter:
 
     def __init__(self, rows: int, device: torch.device):
         self.seconds, self.count, self.device = 0.0, 0, device
+        self.started: float  # of the clock, from `start` on
         self.losses = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.started = None
         self.first_bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step with a loss that is not finite; 0: none
 
     def start(self) -> None:
@@ -34,7 +48,7 @@ class TrainingMeter:
         self.seconds += time.perf_counter() - self.started
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """What happens inside is not training."""
         begun = time.perf_counter()
         yield
@@ -58,15 +72,17 @@ class TrainingMeter:
         return not bool(torch.isfinite(self.losses).all())
 
 
-def train(task, replicas, algorithm, schedule, steps: int, seed: int, meter: TrainingMeter, vectorize: str | bool = "auto",
-          before_average=None):  # fmt: skip
+def train(task: Task, replicas: Replicas, algorithm: Algorithm, schedule: Callable[[int], float], steps: int, seed: int,
+          meter: TrainingMeter, vectorize: str | bool = "auto",
+          before_average: Callable[[int], object] | None = None) -> Iterator[int]:  # fmt: skip
     """Yields the number of finished steps after each, from where `algorithm` stands to `steps`.
 
     schedule: step (from 0) -> γ. A worker's batch may come in micro-batches that go through its model one after another. The random
     numbers that a model draws (dropout) depend on (seed, step, worker, micro-batch) alone, whichever rank of a worker has it. vectorize:
     see vectorize.py. before_average: called with the number of finished inner steps just before each slow step; its time is not training.
     """
-    cluster, together = replicas.cluster, None
+    cluster = replicas.cluster
+    together: VmapReplicas | Literal[False] | None = None
     for step in range(algorithm.steps, steps):
         next_batches = functools.partial(task.batches, step, cluster.local_workers, (cluster.worker_rank, cluster.worker_size))
         if together is None:  # trying it out is not training
@@ -95,6 +111,6 @@ def train(task, replicas, algorithm, schedule, steps: int, seed: int, meter: Tra
         yield step + 1
 
 
-def _pause(meter: TrainingMeter, call, step: int) -> None:
+def _pause(meter: TrainingMeter, call: Callable[[int], object], step: int) -> None:
     with meter.paused():
         call(step)

@@ -5,25 +5,39 @@ Sums then come in another order, so a run is equal to the loop's up to rounding 
 
 import copy
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from slowmo.replicas import Replicas
+
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 MODES = ("auto", True, False)
 # forward FLOPs of a worker's batch below which one batched computation beat the loop on a CPU; on GPUs not tried
 MAX_FLOPS = 64e6
 
 
+class _Around(torch.nn.Module):
+    """A model, with the computation of its loss as `forward`."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
 class VmapReplicas:
     """Forward and backward of all `replicas` by torch.func.vmap over their rows; gradients are added where the loop adds them."""
 
-    def __init__(self, replicas):
+    def __init__(self, replicas: Replicas):
         self.replicas = replicas
-        self.model = torch.nn.Module()
-        self.model.inner = replicas.models[0]
-        self.parameters, self.gradients, self.buffers = {}, [], {}
+        self.model = _Around(replicas.models[0])
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.gradients: list[torch.Tensor] = []
+        self.buffers: dict[str, torch.Tensor] = {}
         for segment in replicas.segments:
             for place in segment.places:
                 self.parameters[f"inner.{place.name}"] = place.stacked(segment.x.detach()).requires_grad_()
@@ -31,13 +45,13 @@ class VmapReplicas:
         for name, _ in replicas.models[0].named_buffers():
             owner, _, own = name.rpartition(".")
             owners = [model.get_submodule(owner) for model in replicas.models]
-            stack = torch.stack([module._buffers[own] for module in owners])
+            stack = torch.stack([module.get_buffer(own) for module in owners])
             # each model's own buffer is its part of the stack from now on, in a storage of its own: saving a model writes that only
             for module, part in zip(owners, stack):
                 module._buffers[own] = torch.from_dlpack(part)
             self.buffers[f"inner.{name}"] = stack
 
-    def __call__(self, loss, batches: list) -> torch.Tensor:
+    def __call__(self, loss: Loss, batches: list[Any]) -> torch.Tensor:
         """Each replica's loss `[n]` on its batch, after backward. RuntimeError, or ValueError for batches that do not stack."""
         losses, found = self.gradients_of(loss, batches, self.parameters, self.buffers)
         for gradient, part in zip(self.gradients, found):
@@ -45,7 +59,9 @@ class VmapReplicas:
         self.replicas.announce_grads()
         return losses
 
-    def gradients_of(self, loss, batches: list, parameters: dict, buffers: dict) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def gradients_of(
+        self, loss: Loss, batches: list[Any], parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(losses `[n]`, the gradient `[n, ...]` of each of `parameters`); `buffers` are updated."""
         flat = [tree_flatten(batch) for batch in batches]
         leaves, dims = [], []
@@ -58,7 +74,7 @@ class VmapReplicas:
                 raise ValueError("batches of this kind do not stack")
             dims.append(0 if isinstance(parts[0], torch.Tensor) else None)
 
-        def one(parameters, buffers, *leaves):
+        def one(parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], *leaves: Any) -> Any:
             self.model.forward = lambda batch: loss(self.model.inner, batch)
             return functional_call(self.model, (parameters, buffers), (tree_unflatten(leaves, flat[0][1]),))
 
@@ -67,7 +83,7 @@ class VmapReplicas:
         return losses.detach(), found
 
 
-def vectorized(replicas, loss, batch, mode: str | bool = "auto") -> VmapReplicas | None:
+def vectorized(replicas: Replicas, loss: Loss, batch: Any, mode: str | bool = "auto") -> VmapReplicas | None:
     """The replicas in one computation, or None for the loop. Changes nothing that training sees.
 
     mode: True, or ValueError where it cannot be; False; or `auto`: where it is faster, judged by the forward FLOPs of a worker's `batch`
@@ -91,20 +107,19 @@ def vectorized(replicas, loss, batch, mode: str | bool = "auto") -> VmapReplicas
     return None if obstacle else VmapReplicas(replicas)
 
 
-def _forward_flops(replicas, loss, batch) -> float:
+def _forward_flops(replicas: Replicas, loss: Loss, batch: Any) -> float:
     with FlopCounterMode(display=False) as counter, torch.random.fork_rng(devices=[]):
         loss(copy.deepcopy(replicas.models[0]), batch)
     return counter.get_total_flops()
 
 
-def _differs(replicas, loss, batch) -> str | None:
+def _differs(replicas: Replicas, loss: Loss, batch: Any) -> str | None:
     """Why one computation of all replicas is not the loop, found out on copies."""
     probe, n = copy.deepcopy(replicas.models[0]), len(replicas.models)
     names = [place.name for segment in replicas.segments for place in segment.places]
     parameters = dict(probe.named_parameters())
     trial = VmapReplicas.__new__(VmapReplicas)
-    trial.replicas, trial.model = replicas, torch.nn.Module()
-    trial.model.inner = copy.deepcopy(probe)
+    trial.replicas, trial.model = replicas, _Around(copy.deepcopy(probe))
     stacked = {f"inner.{name}": torch.stack([parameters[name].detach()] * n).requires_grad_() for name in names}
     buffers = {f"inner.{name}": torch.stack([buffer] * n) for name, buffer in probe.named_buffers()}
     with torch.random.fork_rng(devices=[]):
