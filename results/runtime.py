@@ -113,7 +113,7 @@ def iteration(run: str, compute: float, size: float, links: Links, early: bool =
               overlap: bool = False) -> dict[str, float]:  # fmt: skip
     """Seconds of an iteration by term: compute; what the worker waits for: link bytes, latency; of exact averages the same.
 
-    size: bytes of the parameters. early: AllReduce in buckets of `bucket` bytes during backward; overlap: the messages of the others and all
+    size: bytes of the parameters. early: AllReduce in buckets of `bucket` bytes during backward; overlap: the others' messages and all
     averages. tree: averages by halving and doubling.
     """
     sent = algorithm(run)

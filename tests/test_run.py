@@ -165,7 +165,7 @@ def assert_same_run(folder, expected) -> None:
 @photos
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_takes_two_steps(name, request, tmp_path):
-    folder = finished(f"experiment={name}", "steps=2", "epochs=null", *small(name, request), cwd=tmp_path)
+    folder = finished(f"experiment={name}", "steps=2", "epochs=null", "evaluate.band=true", *small(name, request), cwd=tmp_path)
     result, (row,) = strict(folder / "result.json"), rows(folder)
     assert (result["status"], result["step"], result["experiment"]) == ("done", 2, name)
     assert row["step"] == 2 and 0 < row["train_loss"] < 1000 and row["nll_worker_min"] <= row["nll_worker_max"]

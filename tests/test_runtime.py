@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-import slowmo
 from results import runtime
 from results import seconds as report
 from results.runtime import Links, algorithm, iteration, seconds

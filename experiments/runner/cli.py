@@ -108,7 +108,9 @@ def refusing():
 def enter(main) -> None:
     """Run the command of sys.argv, a sweep job by job, and leave the process with its exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are told here
+    global job
     words = sys.argv[1:]
+    job = Outcome(words)
     if not words or {"-h", "--help"} & set(words):
         say(overview())
         leave(0)
