@@ -41,7 +41,7 @@ def iterates(cwd, runs):
 def test_processes_on_this_machine(tmp_path):
     code, out, err = run(*QUADRATIC, "steps=30", *LOCAL, cwd=tmp_path)
     assert code == 0, err
-    assert out.count("processes = 2 (2 a process)") == 1 and out.count("done: ") == 1
+    assert out.count("processes = 2 (2 per process)") == 1 and out.count("done: ") == 1
     assert run(*QUADRATIC, "steps=30", "runs=alone", cwd=tmp_path)[0] == 0
     np.testing.assert_allclose(iterates(tmp_path, "runs"), iterates(tmp_path, "alone"), rtol=1e-12, atol=1e-12)
     code, out, err = run(*QUADRATIC, "steps=30", *LOCAL, cwd=tmp_path)
@@ -73,9 +73,9 @@ def test_a_signal_ends_a_sweep(tmp_path):
 
 def test_each_job_of_a_sweep_has_its_own_launch(tmp_path):
     code, out, err = run("-m", *QUADRATIC, "steps=30", "launch=here,local", "outer.beta=0.3,0.4", "launch.processes=2", cwd=tmp_path)
-    assert code == 2 and out.count("does not fit the options that are chosen") == 2 and out.count("processes = 2 (2 a process)") == 2, out
+    assert code == 2 and out.count("does not fit the options that are chosen") == 2 and out.count("processes = 2 (2 per process)") == 2, out
     code, out, err = run("-m", *QUADRATIC, "steps=30", "launch=local", "launch.processes=1,3,2", "runs=other", cwd=tmp_path)
-    assert code == 2 and "processes = 1 (4 a process)" in out and "already done" in out and "3 jobs: 2 done, 1 refused" in out, out + err
+    assert code == 2 and "processes = 1 (4 per process)" in out and "already done" in out and "3 jobs: 2 done, 1 refused" in out, out + err
 
 
 # ---- a user's own configs, for each launcher
@@ -100,7 +100,7 @@ def test_experiments_of_ones_own(flag, mine, tmp_path):
     """In this process and in children of it, which must not launch again."""
     for launcher, processes in (("here", "1 (4"), ("local", "2 (2")):
         code, out, err = run(flag, f"experiment=on_{launcher}", "evaluate.every=${steps}", "outer.alpha=0.5", cwd=tmp_path)
-        assert code == 0 and out.count(f"processes = {processes} a process)") == 1 and out.count("done: ") == 1, out + err
+        assert code == 0 and out.count(f"processes = {processes} per process)") == 1 and out.count("done: ") == 1, out + err
         (path,) = tmp_path.glob("runs/*/seed1")
         assert path.parent.name == f"on_{launcher},evaluate.every=__steps_,outer.alpha=0.5"
         assert "beta: 0.25" in (path / "config.yaml").read_text()
@@ -122,7 +122,7 @@ def test_a_job_of_ones_own(flag, mine, tmp_path, pretended):
     kept = f"--config-dir={mine}" if flag.startswith("--") else flag
     assert held == [kept, "experiment=on_slurm", "evaluate.every=${steps}", "launch=here"]
     code, out, err = run(*held, cwd=tmp_path)
-    assert code == 0 and "processes = 1 (4 a process)" in out and "done: " in out, err
+    assert code == 0 and "processes = 1 (4 per process)" in out and "done: " in out, err
 
 
 def test_jobs_that_ask_for_other_things_are_other_arrays(tmp_path, pretended):
@@ -193,9 +193,9 @@ def test_when_a_process_is_killed_the_others_end(early, tmp_path):
 
 def test_nonsense_is_refused_before_anything_starts(tmp_path):
     for words, expected in (
-        (("launch=local", "launch.processes=3"), "4 workers do not fold onto 3 processes"),
+        (("launch=local", "launch.processes=3"), "4 workers do not fit on 3 ranks"),
         (("launch=local", "launch.processes=0"), "launch.processes=0: a whole number >= 1"),
-        (("launch=slurm", "launch.nodes=3"), "4 workers do not fold onto 3 processes"),
+        (("launch=slurm", "launch.nodes=3"), "4 workers do not fit on 3 ranks"),
     ):
         code, out, err = run(*QUADRATIC, "steps=30", *words, cwd=tmp_path)
         assert code == 2 and expected in err and not (tmp_path / "runs").exists()

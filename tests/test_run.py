@@ -100,8 +100,7 @@ def small(name, request) -> list[str]:
                 "task.resize=36", "task.loaders=0", "cluster.threads=1", "cluster.device=cpu"]  # fmt: skip
     if suite in ("wmt16", "ende"):
         return ["data=wmt16", f"data.root={request.getfixturevalue('wmt16')}", "workers=4", "task.layers=1", "task.dim=16", "task.ffn=16",
-                "task.heads=2", "task.max_tokens=48", "task.pieces=2", "cluster.threads=1", "cluster.device=cpu",
-                "evaluate.worker_samples=8"]  # fmt: skip
+                "task.heads=2", "task.max_tokens=48", "task.pieces=2", "cluster.threads=1", "cluster.device=cpu"]  # fmt: skip
     words = ["data.train=256", "data.validation=16", f"data.root={request.getfixturevalue('cache')}"]
     if suite == "cifar10":
         words += ["data=photos", "task.width=8", "task.batch_size=64", "cluster.threads=1", "cluster.device=cpu"]
@@ -341,7 +340,7 @@ def test_sweeps_on_two_processes(tmp_path):
     """All processes run all jobs, also after a refused one, and meet anew for each."""
     words = (*SHORT, "outer.beta=0.5,2.0", "seed=1,2,3")
     done = command("-m", *words, cwd=tmp_path, processes=2)
-    assert done.codes == [2, 2] and done.out.count("6 jobs: 3 done, 3 refused") == 1 and done.out.count("processes = 2 (2 a process)") == 3
+    assert done.codes == [2, 2] and done.out.count("6 jobs: 3 done, 3 refused") == 1 and done.out.count("processes = 2 (2 per process)") == 3
     assert command("-m", *words, "runs=alone", cwd=tmp_path).code == 2
     for seed in (1, 2, 3):
         (two,), (alone,) = (tmp_path.glob(f"{runs}/*/seed{seed}") for runs in ("runs", "alone"))
