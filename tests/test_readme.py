@@ -23,10 +23,11 @@ def test_the_loop_trains(ranks, tmp_path):
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # unbuffered, so that a line of one rank is not cut by another's
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run([*launcher, "loop.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"rank (\d), step (\d+): loss (\S+)$", done.stdout, re.M)
+    found = re.findall(r"rank (\d), step (\d+): loss (\d+\.\d{4}|\w+)", done.stdout)
     losses = {(int(rank), int(step)): float(loss) for rank, step, loss in found}
     assert losses.keys() == {(rank, step) for rank in range(ranks) for step in (0, 119)}
     assert all(losses[rank, 119] < 0.2 * losses[rank, 0] for rank in range(ranks))  # false for NaN and infinity too
