@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import irregular
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from loops import weights
@@ -59,14 +60,8 @@ class Blocks(nn.Module):
 
 
 def graph(name, m):
-    if name == "irregular":  # column j keeps (j + 1) / (m + 1) and sends the rest to its next and to worker 0
-        matrix = torch.zeros(m, m, dtype=torch.float64)
-        for j in range(m):
-            kept = (j + 1) / (m + 1)
-            matrix[j, j] += kept
-            matrix[(j + 1) % m, j] += (1 - kept) / 2
-            matrix[0, j] += (1 - kept) / 2
-        return slowmo.Mixing(m, matrix)
+    if name == "irregular":
+        return irregular(m)
     return {"exponential": slowmo.Exponential, "two peers": lambda m: slowmo.Exponential(m, peers=2), "ring": slowmo.Ring}[name](m)
 
 
