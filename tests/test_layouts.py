@@ -62,7 +62,9 @@ def alone():
     return {m: trajectories(m)[1] for m in (2, 4, 8)}
 
 
-@pytest.mark.parametrize("processes, m", [(2, 4), (2, 8), (4, 4), (4, 8), (4, 2), (8, 4)])
+@pytest.mark.parametrize(
+    "processes, m", [(2, 4), (2, 8), (4, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((4, 8), (8, 4))), (4, 2)]
+)
 def test_one_rank_is_p_ranks(alone, processes, m):
     for workers, results in spawn(trajectories, processes, m):
         for name, parts in results.items():

@@ -146,6 +146,7 @@ def measure(*overrides, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, env=environment)
 
 
+@pytest.mark.slow
 def test_every_row_of_table_2_is_measured(tmp_path):
     done = measure("runtime.network=loopback", "runtime.rounds=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -217,7 +217,7 @@ def _losses(meter: TrainingMeter, cluster: Cluster) -> tuple[int, str]:
 
 def _lost(error: RuntimeError) -> bool:
     """Whether a collective failed because a peer is gone."""
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "lost a peer"))
 
 
 class _signals:

@@ -179,6 +179,7 @@ def test_two_processes(two, case):
     check(two(case), case, 2)
 
 
+@pytest.mark.slow
 @settings(TRIES, max_examples=100)
 @given(case=cases(4))
 @example(case=Case("sgp", graph="two peers"))
