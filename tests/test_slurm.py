@@ -77,7 +77,7 @@ def ended(cwd, job, seconds=240) -> dict[str, str]:
 def reached(cwd, job, step) -> None:
     """Wait for a metric row of this step or a later one."""
     def there():
-        return any(int(found) >= step for found in re.findall(r"^step (\d+)/", log(cwd, job), re.M))
+        return any(int(found) >= step for found in re.findall(r"^ *(?:step )?(\d+)/", log(cwd, job), re.M))
 
     until(there, 120, lambda: log(cwd, job) + log(cwd, job, 0, "err"))
 

@@ -123,7 +123,7 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
         deadline = None
         while any(child.poll() is None for child in children):
             if deadline is None and any(child.poll() for child in children):
-                deadline = time.monotonic() + 30  # the others notice by themselves, unless they hang
+                deadline = time.monotonic() + 5  # the others notice by themselves, unless they hang or have not met yet
             if deadline and time.monotonic() > deadline:
                 forward(signal.SIGKILL, None)
             time.sleep(0.05)

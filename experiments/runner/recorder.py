@@ -56,6 +56,8 @@ class RunRecorder:
             if self.cluster.is_main:
                 for folder in (self.path, self.path / "models"):
                     files.sweep(folder)
+                for left in (self.path / "models").glob(".tmp*"):  # safetensors' own, of a killed process
+                    files.remove(left)
                 if state and (missing := self._rows_missing()):
                     complaints.append(f"metrics.jsonl was damaged: {missing} of {len(self.rows)} rows are taken from the checkpoint")
                 complaints += self._check_models()
