@@ -246,4 +246,4 @@ def test_a_rendezvous_that_fails_names_host_and_port(tmp_path):
     started = subprocess.run([sys.executable, str(ROOT / "run.py"), *QUADRATIC, "steps=30", "cluster.timeout=2"], cwd=tmp_path,
                              env=os.environ | environment, capture_output=True, text=True, timeout=100)  # fmt: skip
     assert started.returncode == 2
-    assert re.search(r"error: process 1 of 2 on \S+ did not meet the others at 127.0.0.1:9 ", started.stderr), started.stderr
+    assert re.search(r"error: rank 1 of 2 on \S+ did not meet the others at 127.0.0.1:9 ", started.stderr), started.stderr
