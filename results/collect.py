@@ -5,7 +5,6 @@ that are no longer on this disk stay: what is published is committed, and runs c
 """
 
 import fcntl
-import json
 import os
 import struct
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from omegaconf import OmegaConf
+
+from experiments import files
 
 METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
 KEY = ["run", "seed", "commit"]
@@ -166,13 +167,9 @@ def refused(runs: Path) -> list[str]:
 
 
 def _json(text: str, name: str):
-    """JSON as it is defined: NaN and Infinity are none."""
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no number")
-
+    """JSON as it is defined; what is wrong names the file."""
     try:
-        return json.loads(text, parse_constant=refuse)
+        return files.parse(text)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

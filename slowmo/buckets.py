@@ -59,7 +59,7 @@ class Segment:
         self._clean, self._taken = self.grad._version, False
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
-        """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `sync_params`."""
+        """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `written`."""
         for place, p in zip(self.places, parameters, strict=True):
             x, g = place.of(self.x.detach(), row), place.of(self.grad, row)
             if not x.is_meta:  # the same memory in a storage of its own: saving a model then writes its own bytes only

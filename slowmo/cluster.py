@@ -191,9 +191,12 @@ class Cluster:
         return int(values)
 
     def broadcast(self, values: torch.Tensor) -> None:
-        """Rank 0's `values` everywhere, in place."""
+        """Rank 0's `values` everywhere, in place; on any device, with any strides."""
         if self.world_size > 1:
-            self._wait(dist.broadcast(values, 0, group=self._group, async_op=True))
+            sent = values.detach().to(self.device).contiguous()  # nccl knows no CPU
+            self._wait(dist.broadcast(sent, 0, group=self._group, async_op=True))
+            if sent.data_ptr() != values.data_ptr():
+                values.detach().copy_(sent)
 
     def broadcast_object(self, value: T) -> T:
         """Rank 0's small Python object everywhere (between ranks of one run; never from a file)."""

@@ -30,9 +30,7 @@ def evaluate(
     if batchnorm == "local":
         buffers = {name: buffer.clone() for name, buffer in (replicas.mean_buffers_in_worker() or replicas.buffers()[0]).items()}
         for buffer in buffers.values():
-            value = buffer.to(cluster.device)
-            cluster.broadcast(value)
-            buffer.copy_(value)
+            cluster.broadcast(buffer)
     else:
         buffers = replicas.mean_buffers()
     model = replicas.materialize(algorithm.base.average(), buffers)

@@ -218,9 +218,8 @@ class WholeOptimizer:
         """Nothing: see `step_all`."""
 
     def step_all(self) -> None:
-        arrived = [(segment, segment.has_gradient) for segment in self.replicas.segments]
-        for segment, found in arrived:
-            if not found and self.skip_missing:
+        for segment in self.replicas.segments:
+            if self.skip_missing and not segment.has_gradient:
                 segment.take_grads()
         type(self.optimizer).step(self.optimizer)
 

@@ -52,13 +52,10 @@ class Replicas:
             agree(cluster, "the model", facts)
             # what is not trained comes from rank 0 too
             for fixed in (*model.buffers(), *(p for p in model.parameters() if not _trained(p))):
-                value = fixed.detach().to(cluster.device, copy=True, memory_format=torch.contiguous_format)  # nccl knows no CPU
-                cluster.broadcast(value)
-                fixed.detach().copy_(value)
+                cluster.broadcast(fixed)
         self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
         self.models += [copy.deepcopy(model) for _ in cluster.local_workers[1:]]
         _OWNED.add(model)
-        self.num_groups = max(groups) + 1
         self.numel = sum(p.numel() for p in trained)
         limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
         self.buckets: list[Bucket] = cut(named, groups, len(cluster.local_workers), dtype, limit)
@@ -263,9 +260,7 @@ def _averaged(workers: list[dict[str, torch.Tensor]], cluster: Cluster, inside: 
             out[name].copy_(value)
     if not inside:
         for name in sorted(out.keys() - set(numbers)):
-            value = out[name].to(cluster.device)
-            cluster.broadcast(value)
-            out[name].copy_(value)
+            cluster.broadcast(out[name])
     return out
 
 

@@ -1,7 +1,7 @@
 """A run shows itself, in 80 columns: a live bar on a terminal, plain lines elsewhere; and both kinds in log.txt. Process 0 only."""
 
 import datetime
-import os
+import io
 import sys
 import time
 from pathlib import Path
@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from experiments import files
 
 
 class Progress:
@@ -23,9 +25,8 @@ class Progress:
             self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(), refresh_per_second=4)
             self.task = self.bar.add_task("", total=steps, text="")
         if is_main and log:
-            try:  # never through a link, never waiting for a fifo's reader
-                number = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-                self.log = open(number, "a", encoding="utf-8", buffering=1)
+            try:
+                self.log = io.TextIOWrapper(files.open_file(log, "ab"), encoding="utf-8", line_buffering=True)
             except OSError as error:
                 self.say(f"no log: {error}")  # a run is worth more
         self.shown, self.first, self.loss, self.headed = 0.0, None, 0.0, False
