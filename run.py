@@ -1,4 +1,4 @@
-"""One run, from the command line: `python run.py experiment=photos_slowmo_sgp`, or under torchrun for several processes.
+"""One run, from the command line: `python run.py experiment=cifar10_small_slowmo_sgp`, or under torchrun for several processes.
 
 The only door for Hydra. A run's folder is a function of its config: asking again resumes it or says that it is done.
 """
@@ -17,7 +17,7 @@ def main(_: DictConfig) -> None:
     with cli.refusing():
         composed = config.compose(launch.typed("task"))
         config.check(composed)
-        cfg, here = composed.cfg, composed.cfg.launch.name == "here"
+        cfg, here = composed.cfg, composed.cfg.launch.name == "inprocess"
         # a login node need not have the job's GPUs
         cfg.cluster.device = build.device(cfg.cluster.device) if here else "cpu"
         build.arithmetic(cfg.cluster)

@@ -2,7 +2,7 @@
 
     python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv, which is published]
 
-Emulated links want root (scripts/emulated_network.sh); --only loopback, --only process leave them out. All of it takes twenty
+Emulated links want root (benchmarks/links/network.sh); --only loopback, --only process leave them out. All of it takes twenty
 minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
 down when it is measured, and what was not measured now stays.
 """
@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import network
+from benchmarks import ranks
+from benchmarks.table2 import machine
 from experiments.runner.recorder import commit
-from experiments.runtime import machine
-from results.collect import write
-from results.runtime import number
-from results.tables import MINE
+from results.cost_model import number
+from results.store import MINE, read, write
 
 HOSTS, RATE = 4, "400mbit"
 PLACES = {"links": f"{HOSTS} hosts, {RATE}", "loopback": "2 processes, loopback", "process": "one process"}
@@ -46,7 +45,7 @@ class Row:
 def rows() -> list[Row]:
     out = []
     for where in ("links", "loopback"):
-        peer = functools.partial(Row, where=where, module="peers")
+        peer = functools.partial(Row, where=where, module="vs_peers")
         out.append(peer("AllReduce", "torch's DistributedDataParallel", aim=1.0, function="allreduce"))
         for name, base, aim in (("Local SGD", "localsgd", 0.97), ("SGP", "sgp", 0.80)):
             out.append(peer(f"{name} + SlowMo, τ = 12", "fairscale's SlowMoDistributedDataParallel", aim=aim, function="fairscale",
@@ -56,7 +55,7 @@ def rows() -> list[Row]:
             for tau, aim in ((12, 1.01), (48, 1.005))[: 2 if where == "links" else 1]:
                 out.append(peer(f"{name} + SlowMo, τ = {tau}", name, aim=aim, function="over_base", options={"base": base, "tau": tau},
                                 rounds=4 if tau == 48 else None))  # fmt: skip
-    link = functools.partial(Row, where="links", module="peers")
+    link = functools.partial(Row, where="links", module="vs_peers")
     for name, base, outer, aim in (("SGP", "sgp", False, 1.06), ("Local SGD + SlowMo, τ = 12", "local_sgd", True, 1.015)):
         out.append(link(name, "computation alone", aim=aim, function="over_computation", options={"base": base, "outer": outer}))
     out.append(link("SGP, one message after backward", "computation alone", aim=1.4, function="over_computation",
@@ -67,7 +66,7 @@ def rows() -> list[Row]:
     out.append(link("exact average", "2 (m - 1)/m of its bytes at the link's rate", aim=1.15, function="wire", options={"what": "average"}))
     out.append(link("OSGP, computation longer", "computation alone", aim=1.05, function="overlap"))
     out.append(link("OSGP, message longer", "messages alone", aim=1.05, function="overlap_of_messages"))
-    alone = functools.partial(Row, where="process", module="alone")
+    alone = functools.partial(Row, where="process", module="single_process")
     for kind, options in (("torch's default SGD", {}), ("fused SGD", {"fused": True})):
         out.append(alone("8 ResNet-18 workers folded, batch 8", f"8 plain loops, {kind}", aim=1.0, function="folding", options=options))
     out.append(alone("SlowMo's own work, τ = 12, 8 folded ResNet-18", "Local SGD's iteration", aim=1.02, function="slow_step"))
@@ -82,22 +81,20 @@ def rows() -> list[Row]:
 
 def run(row: Row, rounds: int) -> list[float]:
     """The paired ratios, measured in processes that end with it."""
-    from benchmarks import alone, peers
-
-    function = functools.partial(getattr({"alone": alone, "peers": peers}[row.module], row.function), **row.options)
+    function = functools.partial(getattr(importlib.import_module(f"benchmarks.{row.module}"), row.function), **row.options)
     rounds = min(rounds, row.rounds or rounds)
     if row.where == "process":
-        return network.spawn(lambda: function(rounds), 1, "loopback")
+        return ranks.spawn(lambda: function(rounds), 1, "loopback")
     if row.where == "loopback":
-        return network.spawn(lambda: function(None, rounds), 2, "loopback")
-    return network.spawn(lambda: function(number(RATE), rounds), HOSTS, "up")
+        return ranks.spawn(lambda: function(None, rounds), 2, "loopback")
+    return ranks.spawn(lambda: function(number(RATE), rounds), HOSTS, "up")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=MINE / "benchmarks/cpu.csv")
+    parser.add_argument("--out", type=Path, default=MINE.path("benchmarks"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the links' rows alone, within their network
     options = parser.parse_args()
     chosen = [row for row in rows() if options.only in f"{row.where}: {row.what} over {row.against}"]
@@ -107,7 +104,7 @@ def main() -> None:
         sys.exit('error: a peer is missing, fairscale: pip install -e ".[oracles]"')
     links, failed = [row for row in chosen if row.where == "links"], False
     if links and not options.inside:
-        failed |= network.inside(HOSTS, RATE, "0ms", [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--inside"]) != 0
+        failed |= ranks.inside(HOSTS, RATE, "0ms", [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--inside"]) != 0
     for row in links if options.inside else [row for row in chosen if row.where != "links"]:
         try:
             ratios = run(row, options.rounds)
@@ -128,11 +125,11 @@ def note(row: Row, ratios: list[float], out: Path) -> None:
     lines = pd.DataFrame([line])
     if out.exists():
         order = {(row.what, row.against, PLACES[row.where]): k for k, row in enumerate(rows())}
-        before = pd.read_csv(out).set_index(KEY)
+        before = read(out, "benchmarks").set_index(KEY)
         kept = before[before.index.isin(order) & ~before.index.isin(lines.set_index(KEY).index)].reset_index()
         lines = pd.concat([part for part in (kept, lines) if len(part)])
         lines = lines.assign(at=lines.set_index(KEY).index.map(order)).sort_values("at").drop(columns="at")
-    write(out, lines.to_csv(index=False))
+    write(out, "benchmarks", lines)
     mark = "ok" if middle <= row.aim else "MISSED"
     words = f"{row.where}: {row.what} over {row.against}: {middle:.4f} ({low:.4f} to {high:.4f}), aim {row.aim:g}: {mark}"
     print(words, flush=True)

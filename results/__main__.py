@@ -1,16 +1,17 @@
 """python -m results collect | tables | figures | runtime | claims | report | readme | all
 
 What your runs give goes to results/mine/, which git ignores, and stands beside what is published: yours, ours, the paper's. With
---publish it becomes what is published: results/runs.csv and all that is made from it.
+--publish it becomes what is published: results/data and all that is made from it.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from results import claims, collect, figures, report, runtime, seconds, tables
+from results import claims, collect, cost_model, figures, report, tables, timing
+from results.store import MINE, PUBLISHED, Runs, Store, save
 
-README = Path(__file__).parent.parent / "README.md"
+README = PUBLISHED.folder.parent / "README.md"
 
 
 def main() -> None:
@@ -19,11 +20,11 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
-        "collect": "run folders -> runs.csv, a line a run, and curves.csv",
-        "tables": "the paper's tables, yours and ours: tables.md, .tex, .csv",
+        "collect": "run folders -> data/runs.csv, a line a run, and data/curves.csv",
+        "tables": "the paper's tables, yours and ours: tables/tables.md, .tex, .csv",
         "figures": "the paper's figures from these runs: figures/*.pdf, *.png",
-        "runtime": "Table 2 and runtime.csv beside a model, and what other clusters would take: runtime.md",
-        "claims": "the paper's claims and the verdicts on these runs: claims.csv; computes those that need no runs, a minute",
+        "runtime": "Table 2 and data/links.csv beside a model, and what other clusters would take: tables/runtime.md",
+        "claims": "the paper's claims and the verdicts on these runs: data/claims.csv; computes those that need no runs, a minute",
         "report": "all of it in one page for a browser: report.html",
         "readme": "the README's blocks, of the published runs (--publish)",
         "all": "collect where there is a folder of runs, then the others; claims are computed only where they are not yet",
@@ -31,10 +32,8 @@ def main() -> None:
     for name, text in about.items():
         one = commands.add_parser(name, help=text)
         where = one.add_mutually_exclusive_group()
-        where.add_argument(
-            "--publish", action="store_true", help="read and write what is committed: results/runs.csv and what lies beside it"
-        )
-        where.add_argument("--out", type=Path, help="another list of runs than results/mine/runs.csv; what is made lies beside it")
+        where.add_argument("--publish", action="store_true", help="read and write what is committed, in results/")
+        where.add_argument("--out", type=Path, help="another folder of results than results/mine")
         if name == "runtime":
             one.add_argument("--nodes", type=_numbers(int), help="of other clusters, printed and drawn in clusters/, like 8,16,32")
             one.add_argument("--rate", type=_numbers(float), help="rates of their links in Gbit/s, like 10,25")
@@ -43,33 +42,33 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "readme" and not options.publish:
         parser.error("the README shows published runs alone: add --publish")
-    out = options.out or (tables.HERE if options.publish else tables.MINE) / "runs.csv"
+    store = Store(options.out) if options.out else PUBLISHED if options.publish else MINE
     wanted = list(about)[:-1] if options.command == "all" else [options.command]
     if options.command == "all":
         wanted = [name for name in wanted if (name != "collect" or options.runs.is_dir()) and (name != "readme" or options.publish)]
     try:
         for name in wanted:
             if name == "collect":
-                collect.main(options.runs, out)
+                collect.main(options.runs, store)
             elif name == "readme":
-                collect.write(README, report.readme(README, tables.Runs(out)))
+                save(README, report.readme(README, Runs(store)))
                 print(f"wrote {README}")
             elif name == "runtime":
                 if options.command == name and (options.nodes or options.rate):
-                    chosen = options.nodes or runtime.NODES, options.rate or runtime.RATES
-                    print("\n\n".join(seconds.clusters(data, *chosen) for data in runtime.TASKS))
+                    chosen = options.nodes or cost_model.NODES, options.rate or cost_model.RATES
+                    print("\n\n".join(timing.clusters(data, *chosen) for data in cost_model.TASKS))
                     figures.clusters(Path("clusters"), *chosen)
                     continue
-                seconds.main(out.parent)
-                figures.clusters(out.parent / "figures")
-                if (grown := out.parent / "benchmarks/growth.csv").exists():
-                    figures.growth(grown, out.parent / "figures")
+                timing.main(store)
+                figures.clusters(store.folder / "figures")
+                if store.has("scaling"):
+                    figures.scaling(store.read("scaling"), store.folder / "figures")
             elif name == "claims":
-                claims.main(out, out.parent, again=options.command == "claims")
+                claims.main(store, again=options.command == "claims")
             elif name == "figures":
-                figures.main(out, out.parent)
+                figures.main(store)
             else:
-                {"tables": tables, "report": report}[name].main(out, out.parent, tables.beside(out))
+                {"tables": tables, "report": report}[name].main(store, tables.beside(store))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

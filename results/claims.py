@@ -14,25 +14,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from results import seconds
-from results.collect import write
-from results.tables import ACCURACY, BLEU, LOSS, NLL, TEXT, TITLES, Runs, change, interval, sweep, varied
+from results.store import COLUMNS as LISTS
+from results.store import NETWORK, Runs, Store
+from results.tables import ACCURACY, BLEU, LOSS, NLL, TEXT, TITLES, change, interval, sweep, varied
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not enough runs"
 PACE = 5.0  # per cent of an iteration
 ROOT = Path(__file__).parent.parent
-COLUMNS = ["claim", "data", "verdict", "evidence", "runs"]
+COLUMNS = LISTS["claims"]
 
 
-def main(path: Path, out: Path, again: bool = True) -> None:
-    """Judge every claim on every data set, write claims.csv, print the verdicts.
+def main(store: Store, again: bool = True) -> None:
+    """Judge every claim on every data set, write data/claims.csv, print the verdicts.
 
     again: compute what needs no runs even if its verdicts stand there already.
     """
-    judged = stored(Runs(path), out / "claims.csv")
+    judged = stored(Runs(store))
     if again or not (judged["data"] == "quadratic").any():
         judged = pd.concat([judged[judged["data"] != "quadratic"], computed(), speedup()], ignore_index=True)
-    write(out / "claims.csv", judged.to_csv(index=False))
+    store.write("claims", judged)
     for line in decided(judged)[0].itertuples():
         print(f"{line.verdict:16}{line.claim} [{line.data}]: {line.evidence}")
 
@@ -46,9 +46,9 @@ def on_runs(runs: Runs) -> pd.DataFrame:
 
 
 def on_links(lines: pd.DataFrame) -> pd.DataFrame:
-    """What was measured over links decides on cost: changes of an iteration in per cent, paired by round. lines: of runtime.csv."""
+    """What was measured over links decides on cost: changes of an iteration in per cent, paired by round. lines: of data/links.csv."""
     judged = []
-    for network, part in lines.groupby(seconds.NETWORK, sort=False):
+    for network, part in lines.groupby(NETWORK, sort=False):
         where = f"{network[0]} on {'links' if network[1] == 'emulated' else network[1]}"
         times = part.pivot(index="round", columns="row", values="milliseconds")
         slow = [row for row in times if row.startswith("slowmo_") and "," not in row]  # with the paper's τ
@@ -67,10 +67,10 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(judged, columns=COLUMNS)
 
 
-def stored(runs: Runs, path: Path = ROOT / "results/claims.csv") -> pd.DataFrame:
+def stored(runs: Runs) -> pd.DataFrame:
     """The verdicts on `runs`, with the computed ones as they were last written down."""
-    written = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS)
-    links = on_links(seconds.links(path.with_name("runtime.csv")))
+    written = runs.store.find("claims").fillna("")
+    links = on_links(runs.store.find("links"))
     return pd.concat([on_runs(runs), links, written[written["data"] == "quadratic"]], ignore_index=True)
 
 

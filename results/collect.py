@@ -15,20 +15,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments import files
+from results.store import COLUMNS, KEY, METRICS, Store
 
-METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
-KEY = ["run", "seed", "commit"]
 FILES = ("config.yaml", "metrics.jsonl", "result.json")  # any of them makes a folder a run's
-CURVES = ["run", "seed", "commit", "step", "epoch", "seconds", "train_loss", "consensus_distance",
-          *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_worker_min", "_worker_max"))]  # fmt: skip
-COLUMNS = [
-    "run", "seed", "experiment", "status", "step", "data", "workers", "processes", "device", "threads", "seconds_per_iteration", "clock",
-    *(f"{name}_{when}" for name in METRICS for when in ("best", "last")), "bleu_valid", "bleu_test", "bleu_signature", "commit", "torch",
-]  # fmt: skip
 
 
-def main(runs: Path, out: Path) -> None:
-    """Read every run below `runs`, put them into `out` and curves.csv beside it, say what was found and what was left out.
+def main(runs: Path, store: Store) -> None:
+    """Read every run below `runs`, put them into `store`, say what was found and what was left out.
 
     Raises FileNotFoundError where there is no such folder or no run in it, ValueError for files at these places that are none of ours.
     """
@@ -37,7 +30,7 @@ def main(runs: Path, out: Path) -> None:
     found = (path for name in FILES for path in runs.rglob(name))
     folders = sorted({path.parent for path in found if not any(part.startswith(".old-") for part in path.parts)})
     if not folders and not refused(runs):
-        raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {out} stays as it is")
+        raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {store.path('runs')} stays as it is")
     found, complaints = {}, []
     for path in folders:
         try:
@@ -56,38 +49,31 @@ def main(runs: Path, out: Path) -> None:
             continue
         lines.append(claimed[0][1])
         curves += [{**row, "run": run, "seed": seed, "commit": lines[-1].get("commit")} for row in claimed[0][2]]
-    lines, curves = merged(pd.DataFrame(lines, columns=COLUMNS), out), pd.DataFrame(curves, columns=CURVES)
-    beside = out.with_name("curves.csv")
-    if beside.exists():
-        before = _read(beside, CURVES)
+    lines = merged(pd.DataFrame(lines, columns=COLUMNS["runs"]), store)
+    curves = pd.DataFrame(curves, columns=COLUMNS["curves"])
+    if store.has("curves"):
+        before = store.read("curves")
         # of a run collected before, unless its line went
         known = pd.MultiIndex.from_frame(lines[KEY]).difference(pd.MultiIndex.from_frame(curves[KEY].drop_duplicates()))
         curves = pd.concat([part for part in (before[before.set_index(KEY).index.isin(known)], curves) if len(part)] or [curves])
-    write(out, lines.to_csv(index=False))
-    write(beside, curves.sort_values([*KEY, "step"], kind="stable").to_csv(index=False, float_format="%.6g"))
+    out = store.write("runs", lines)
+    store.write("curves", curves.sort_values([*KEY, "step"], kind="stable"))
     counts = ", ".join(f"{count} {status}" for status, count in lines["status"].value_counts().sort_index().items())
     print(f"wrote {out}: {len(lines)} runs" + f" ({counts})" * bool(counts))
     for text in (*complaints, *refused(runs)):
         print(text, file=sys.stderr)
 
 
-def merged(lines: pd.DataFrame, out: Path) -> pd.DataFrame:
-    """These lines and those of `out` that they do not bring up to date."""
-    if out.exists():
-        before = _read(out, COLUMNS)
+def merged(lines: pd.DataFrame, store: Store) -> pd.DataFrame:
+    """These lines and those of `store` that they do not bring up to date."""
+    if store.has("runs"):
+        before = store.read("runs")
         same = before.set_index(["run", "seed"]).index.isin(lines.set_index(["run", "seed"]).index)
         # a run that was not finished when it was collected is the same run, whatever commit it stood at
         stale = same & (before.set_index(KEY).index.isin(lines.set_index(KEY).index) | ~before["status"].isin(("done", "diverged")))
         kept = before[~stale]
         lines = pd.concat([kept, lines], ignore_index=True) if len(kept) else lines
     return lines.sort_values(KEY, kind="stable")
-
-
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    before = pd.read_csv(path, dtype={"commit": str, "run": str})
-    if list(before.columns) != columns:
-        raise ValueError(f"{path} has other columns than a list of runs: name another file with --out, or move this one")
-    return before
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
@@ -182,11 +168,3 @@ def _locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
-
-
-def write(path: Path, text: str) -> None:
-    """Aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    os.replace(aside, path)

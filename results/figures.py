@@ -1,7 +1,7 @@
 """The paper's figures from runs.csv and curves.csv: results/figures/NAME_DATA.pdf and .png.
 
 A base and SlowMo over it share a colour; SlowMo's line is full and has markers, the base's is dashed, so that grey is enough. Seconds are
-those that the runs took where they ran on a cluster; of runs in one process they are modelled (runtime.py), and say so.
+those that the runs took where they ran on a cluster; of runs in one process they are modelled (cost_model.py), and say so.
 """
 
 from pathlib import Path
@@ -12,50 +12,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from results import runtime
-from results.collect import CURVES
-from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, Runs, interval, sweep, table1
+from results import cost_model
+from results.store import Curves, Runs, Store
+from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
 
-STYLE = Path(__file__).with_name("paper.mplstyle")
+STYLE = Path(__file__).parent / "report/paper.mplstyle"
 MARKERS = "osD^v"
 
 
-class Curves:
-    """curves.csv, of the runs that count. ValueError for another kind of file."""
-
-    def __init__(self, path: Path, runs: Runs):
-        beside = path.with_name("curves.csv")
-        if not beside.exists():
-            raise FileNotFoundError(f"no {beside}: python -m results collect makes it from run folders")
-        lines = pd.read_csv(beside, dtype={"commit": str, "run": str})
-        if list(lines.columns) != CURVES:
-            raise ValueError(f"{beside} has other columns than a list of curves: make it anew with collect")
-        done = runs.ended[runs.ended["status"] == "done"]
-        self.lines = lines.merge(done[["run", "seed", "commit", "processes"]], on=["run", "seed", "commit"])
-
-    def of(self, run: str) -> pd.DataFrame:
-        """Mean over seeds at each step, the band's least and largest, and the number of seeds."""
-        lines = self.lines[self.lines["run"] == run]
-        by = lines.groupby("step")
-        found = by.mean(numeric_only=True).drop(columns="seed")
-        for name in (column for column in CURVES if column.endswith(("_worker_min", "_worker_max"))):
-            found[name] = by[name].min() if name.endswith("_worker_min") else by[name].max()
-        return found.assign(seeds=by["seed"].nunique())
-
-
-def main(path: Path, out: Path) -> None:
-    """Draw what there are runs for, into `out`/figures."""
-    runs = Runs(path)
-    curves, made = Curves(path, runs), []
+def main(store: Store) -> None:
+    """Draw what there are runs for, into figures/."""
+    runs, out = Runs(store), store.folder / "figures"
+    curves, made = Curves(runs), []
     with plt.style.context(STYLE):
         for data in TITLES:
             for name, draw in (("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
-                save(figure, out / "figures", f"{name}_{data}")
+                save(figure, out, f"{name}_{data}")
                 made.append(f"{name}_{data}")
-    print(f"wrote {out / 'figures'}: {', '.join(made) or 'nothing, no runs'}")
+    print(f"wrote {out}: {', '.join(made) or 'nothing, no runs'}")
 
 
 def save(figure, out: Path, name: str) -> None:
@@ -133,7 +110,7 @@ def clock(data: str, cell: str, found: pd.DataFrame):
     """(seconds at each row, how they are known). A run in one process says nothing about a cluster: its seconds are modelled."""
     if data not in SMALL and (found["processes"] > 1).all():
         return found["seconds"], "measured"
-    return found.index.to_numpy() * runtime.pace(data, cell), "modelled: iterations on the paper's cluster"
+    return found.index.to_numpy() * cost_model.pace(data, cell), "modelled: iterations on the paper's cluster"
 
 
 def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
@@ -172,11 +149,11 @@ def beta(data, runs, curves):
     return swept(data, runs, "beta", "β")
 
 
-def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
+def clusters(out: Path, nodes=cost_model.NODES, rates=cost_model.RATES) -> None:
     """Modelled iterations against the number of nodes, a panel a rate: `out`/runtime_<data>."""
     with plt.style.context(STYLE):
-        for data in runtime.TASKS:
-            found = runtime.elsewhere(data, nodes, rates)
+        for data in cost_model.TASKS:
+            found = cost_model.elsewhere(data, nodes, rates)
             figure, axes = plt.subplots(1, len(rates), sharey=True, figsize=(2.2 * len(rates) + 0.8, 3.0), squeeze=False)
             for axis, rate in zip(axes[0], rates):
                 for k, (cell, part) in enumerate(found[found["rate"] == rate].groupby("cell", sort=False)):
@@ -189,9 +166,8 @@ def clusters(out: Path, nodes=runtime.NODES, rates=runtime.RATES) -> None:
             save(titled(figure, data, ""), out, f"runtime_{data}")
 
 
-def growth(path: Path, out: Path) -> None:
-    """Of benchmarks/growth.csv: `out`/growth."""
-    lines = pd.read_csv(path)
+def scaling(lines: pd.DataFrame, out: Path) -> None:
+    """Of `python -m benchmarks.scaling`: `out`/scaling."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
         million, two = lines["d"] == 10**6, lines["m"] == 2
@@ -204,7 +180,7 @@ def growth(path: Path, out: Path) -> None:
             axis.loglog(part[along], last["value"] * part[along] / last[along], linestyle=":", color="black", label="proportional")
             axis.set(xlabel=along, ylabel=words)
             axis.legend()
-        save(figure, out, "growth")
+        save(figure, out, "scaling")
 
 
 def titled(figure, data: str, note: str):

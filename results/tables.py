@@ -1,4 +1,4 @@
-"""runs.csv and paper.yaml -> the paper's tables with ours beside them: results/tables.md, .tex and .csv, and the README's blocks.
+"""runs.csv and paper.yaml -> the paper's tables with ours beside them: results/tables/tables.md, .tex and .csv, and the README's blocks.
 
 A layout is data: which runs stand in which rows, which columns of runs.csv are shown. A run is named as its folder is, so that its name
 gives the command. Numbers of the paper's data stand beside the paper's; a stand-in's never do: there SlowMo's change is compared.
@@ -9,26 +9,27 @@ import dataclasses
 import functools
 import math
 import sys
-from pathlib import Path
 
 import pandas as pd
 import yaml
 from scipy import stats
 
-from results.collect import COLUMNS, write
+from results.store import PUBLISHED, Runs, Store, save
 
-HERE = Path(__file__).parent
-MINE = HERE / "mine"  # what a user's own runs give; git ignores it
-BENCHMARKS = HERE / "benchmarks/cpu.csv"
-CONFIGS = HERE.parent / "configs"
-SMALL = {"photos": "cifar10", "scripts": "imagenet", "ende": "wmt16"}  # stand-in -> the data it stands for
-TEXT = ("wmt16", "ende")  # translations; the others are pictures
+PAPER = PUBLISHED.folder / "paper.yaml"
+CONFIGS = PUBLISHED.folder.parent / "configs"
+SMALL = {"cifar10_small": "cifar10", "imagenet_small": "imagenet", "wmt16_small": "wmt16"}  # stand-in -> the data it stands for
+TEXT = ("wmt16", "wmt16_small")  # translations; the others are pictures
 TITLES = {
     "cifar10": "CIFAR-10, ResNet-18", "imagenet": "ImageNet, ResNet-50", "wmt16": "WMT16 En-De, transformer (big)",
-    "photos": "photo patches, ResNet-8 (CIFAR-10 in small)", "scripts": "writing systems, small ResNet (ImageNet in small)",
-    "ende": "LibreOffice's texts, small transformer (WMT16 in small)",
+    "cifar10_small": "photo patches, ResNet-8 (CIFAR-10 in small)", "imagenet_small": "writing systems, small ResNet (ImageNet in small)",
+    "wmt16_small": "LibreOffice's texts, small transformer (WMT16 in small)",
 }  # fmt: skip
-SEEDS = {"cifar10": 5, "photos": 5, "ende": 3}  # of Table 1's cells; elsewhere and in the ablations 3, and 1 where a run takes a cluster
+SEEDS = {
+    "cifar10": 5,
+    "cifar10_small": 5,
+    "wmt16_small": 3,
+}  # of Table 1's cells; elsewhere and in the ablations 3, and 1 where a run takes a cluster
 LABELS = {
     "local_sgd": "Local SGD", "slowmo_local_sgd": "Local SGD + SlowMo", "osgp": "OSGP", "slowmo_osgp": "OSGP + SlowMo", "sgp": "SGP",
     "slowmo_sgp": "SGP + SlowMo", "ar_sgd": "AR-SGD", "local_adam": "Local Adam", "slowmo_local_adam": "Local Adam + SlowMo",
@@ -50,7 +51,7 @@ RULES = {  # of the paper's data, of a stand-in
 }
 # what a reader must know to read a table
 NOTES = {
-    "photos": {
+    "cifar10_small": {
         "table1": "SlowMo over SGP gains nothing here: the paper's reset of the momentum buffers every τ = 12 steps costs a momentum of "
         "0.9 half of its strength (the mean of 1 − 0.9^k over a round is 0.46), about what β = 0.4 gives back; with buffers "
         "kept SlowMo lowers SGP's training loss too, see *buffers varied*. AR-SGD is best here, in the paper behind SGP: see "
@@ -110,7 +111,7 @@ def layout(data: str) -> tuple[Table, ...]:
     metrics = (LOSS, BLEU, BLEU_TEST) if text else (LOSS, ACCURACY, LAST)
     more = metrics[1:2] + NLL[text][:1] + metrics[:1]
     seeds = SEEDS.get(data, 1)
-    few = 1 if data in ("imagenet", "wmt16", "scripts") else 3
+    few = 1 if data in ("imagenet", "wmt16", "imagenet_small") else 3
     local = "local_adam" if text else "local_sgd"
     made = [
         Table("table1", data, "Table 1", tuple(row(cell) for cell in cells), metrics, seeds),
@@ -136,7 +137,7 @@ def layout(data: str) -> tuple[Table, ...]:
     rows = ((LABELS[cells[-1]], allreduce, None),
             (f"{LABELS[cells[-1]]} + SlowMo, β = 0.4", f"{allreduce},outer=slowmo,outer.beta=0.4", allreduce))  # fmt: skip
     made.append(Table("allreduce", data, "SlowMo over AllReduce", rows, more, few))
-    if data == "photos":
+    if data == "cifar10_small":
         rows = [(f"{LABELS[cell]}{words}", f"{data}_{cell}{overrides}", f"{data}_{cell}" if overrides else None)
                 for cell in ("sgp", "slowmo_sgp", "osgp", "slowmo_osgp")
                 for words, overrides in (("", ""), (", messages in bfloat16", ",base.messages=bfloat16"))]  # fmt: skip
@@ -182,53 +183,6 @@ def command(run: str, seeds) -> str:
                      f"seed={','.join(map(str, seeds))}"])  # fmt: skip
 
 
-class Runs:
-    """What runs.csv holds of finished runs, and what is wrong with it (`complaints`).
-
-    FileNotFoundError where there is no such file, ValueError for one of another kind.
-    """
-
-    def __init__(self, path: Path):
-        if not path.exists():
-            elsewhere = "; --publish makes the page and the tables of the published runs" if MINE in path.parents else ""
-            raise FileNotFoundError(f"no {path}: run something, then python -m results collect{elsewhere}")
-        self.lines = pd.read_csv(path, dtype={"commit": str, "run": str})
-        if missing := [name for name in COLUMNS if name not in self.lines.columns]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: it is no list of runs, or an older one; make it anew with collect")
-        self.complaints = []
-        same = self.lines.duplicated()
-        if same.any():
-            self.complaints.append(f"{path}: {same.sum()} lines stand there twice; each counts once")
-        self.lines = self.lines[~same]
-        ended = self.lines[self.lines["status"].isin(("done", "diverged"))]
-        twice = ended.duplicated(["run", "seed"], keep=False)
-        for (run, seed), group in ended[twice].groupby(["run", "seed"]):
-            commits = ", ".join(str(commit)[:10] for commit in group["commit"])
-            self.complaints.append(
-                f"{run} seed {seed} stands there {len(group)} times, commits {commits}: counted nowhere; delete all but one"
-            )
-        self.ended = ended[~twice].assign(milliseconds=lambda lines: 1000 * lines["seconds_per_iteration"])
-
-    def of(self, run: str) -> pd.DataFrame:
-        """The run's lines, by seed."""
-        return self.ended[self.ended["run"] == run].set_index("seed").sort_index()
-
-    def values(self, run: str, metric: str) -> pd.Series:
-        """By seed, of the runs that are done."""
-        lines = self.of(run)
-        return lines.loc[lines["status"] == "done", metric].dropna()
-
-    def address(self, run: str) -> str:
-        """Where a run's numbers come from."""
-        lines = self.of(run)
-        if lines.empty:
-            return ""
-        commits = sorted({str(commit)[:10] for commit in lines["commit"]})
-        seeds = ", ".join(str(seed) for seed in lines.index)
-        where = [", ".join(sorted(set(lines[name]))) for name in ("device", "torch")]
-        return f"runs/{run}, seed {seeds}; commit {', '.join(commits)}; {where[0]}, torch {where[1]}"
-
-
 def interval(values: pd.Series, level: float = 0.95) -> float:
     """Half the confidence interval of the mean, by Student's t; NaN for fewer than two."""
     n = len(values)
@@ -245,7 +199,7 @@ def change(runs: Runs, run: str, against: str, metric: str) -> pd.Series:
 @functools.cache
 def paper() -> tuple[pd.DataFrame, dict]:
     """The published numbers, and the seeds behind them."""
-    loaded = yaml.safe_load((HERE / "paper.yaml").read_text())
+    loaded = yaml.safe_load(PAPER.read_text())
     return pd.DataFrame(loaded["numbers"]), loaded["seeds"]
 
 
@@ -411,21 +365,21 @@ def everything(runs: Runs, published_runs: Runs | None = None) -> list[tuple[Tab
     return [(table, cells(table, runs, published_runs)) for data in TITLES for table in layout(data)]
 
 
-def beside(path: Path) -> Runs | None:
-    """The published runs, where `path` lists a user's own."""
-    return Runs(HERE / "runs.csv") if path.resolve() != HERE / "runs.csv" and (HERE / "runs.csv").exists() else None
+def beside(store: Store) -> Runs | None:
+    """The published runs, where `store` is a user's own."""
+    return Runs(PUBLISHED) if store.folder.resolve() != PUBLISHED.folder and PUBLISHED.has("runs") else None
 
 
-def main(path: Path, out: Path, published_runs: Runs | None = None) -> None:
-    """Write tables.md, tables.tex and tables.csv into the folder `out`; say what is wrong with the runs."""
-    runs = Runs(path)
+def main(store: Store, published_runs: Runs | None = None) -> None:
+    """Write tables/tables.md, .tex and .csv; say what is wrong with the runs."""
+    runs, out = Runs(store), store.folder / "tables"
     made = everything(runs, published_runs)
     text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", ""]
     for table, found in made:
         text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]
-    write(out / "tables.md", "\n".join(text))
-    write(out / "tables.tex", "\n".join(latex(table, found) for table, found in made))
-    write(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
+    save(out / "tables.md", "\n".join(text))
+    save(out / "tables.tex", "\n".join(latex(table, found) for table, found in made))
+    save(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
     filled = sum(int((found["n"] > 0).sum()) for _, found in made)
     print(f"wrote {out}/tables.md, .tex, .csv: {len(made)} tables, {filled} of {sum(len(found) for _, found in made)} cells filled")
     for text in dict.fromkeys((*runs.complaints, *unanswered())):

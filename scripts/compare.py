@@ -1,6 +1,6 @@
 """Compare runs: a table, the course of each run in blocks, and with --picture as a PNG.
 
-python scripts/compare.py runs/photos_sgp runs/photos_slowmo_sgp [--picture sgp.png]
+python scripts/compare.py runs/cifar10_small_sgp runs/cifar10_small_slowmo_sgp [--picture sgp.png]
 """
 
 import argparse

@@ -24,7 +24,7 @@ STATEMENTS = ("removed", "returns None", "condition negated")
 SUITES = (
     ["test_golden.py", "test_outer.py", "test_base.py", "test_inner.py"],
     ["test_buckets.py", "test_overlap.py", "test_replicas.py", "test_state.py", "test_layouts.py"],
-    ["slowmo_library/test_library_silent.py", "slowmo_library/test_library_features.py", "slowmo_library/test_library_overlap.py"],
+    ["test_optimizer_silent.py", "test_optimizer.py", "test_optimizer_overlap.py"],
 )
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
@@ -97,7 +97,7 @@ def _test(folder, suite):
     os.dup2(sys.stdout.fileno(), 2)
     import pytest
 
-    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/{name}" for name in suite)])
+    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/slowmo/{name}" for name in suite)])
     os._exit(int(code))
 
 

@@ -1,7 +1,7 @@
 """Fill the paper's tables: plan what is done and what is missing, run the missing, collect, and make tables, figures and verdicts anew.
 
-    python scripts/reproduce.py table1 --data photos             Table 1 on the stand-in: 35 runs
-    python scripts/reproduce.py table1 table2 fig3 ablations --data photos --dry-run
+    python scripts/reproduce.py table1 --data cifar10_small             Table 1 on the stand-in: 35 runs
+    python scripts/reproduce.py table1 table2 fig3 ablations --data cifar10_small --dry-run
     python scripts/reproduce.py table1 --data paper --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
 
 What follows `--` goes to every run. A run that fails is named and the others go on; asking again takes up what is missing or was
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import collect, tables  # noqa: E402
-from results.tables import SMALL, Runs, layout  # noqa: E402
+from results.store import PUBLISHED, Runs  # noqa: E402
+from results.tables import SMALL, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
           "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance", "messages")}  # fmt: skip
@@ -34,9 +35,9 @@ DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=TABLES)
-    parser.add_argument("--data", choices=DATA, default="photos")
+    parser.add_argument("--data", choices=DATA, default="cifar10_small")
     parser.add_argument("--seeds", help="as in 1,2,3; by default as many as the table wants")
-    parser.add_argument("--launcher", default="here", help="launch=... of each run: here, local, slurm, slurm_dgx1")
+    parser.add_argument("--launcher", default="inprocess", help="launch=... of each run: inprocess, local, slurm, slurm_dgx1")
     parser.add_argument("--jobs", type=int, help="runs at once; by default 2, on a cluster all")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     arguments, extra = sys.argv[1:], []
@@ -81,8 +82,8 @@ def known() -> tuple[set, dict]:
             continue
         done.add((line["run"], line["seed"]))
         paces[line["run"]] = line["seconds_per_iteration"], line["step"]
-    if (ROOT / "results/runs.csv").exists():
-        means = Runs(ROOT / "results/runs.csv").ended.groupby("run")[["seconds_per_iteration", "step"]].mean()
+    if PUBLISHED.has("runs"):
+        means = Runs(PUBLISHED).ended.groupby("run")[["seconds_per_iteration", "step"]].mean()
         paces = dict(zip(means.index, means.itertuples(index=False, name=None))) | paces
     return done, paces
 
@@ -92,7 +93,7 @@ def show(jobs, missing, paces) -> None:
     guesses = {run: seconds(run, paces) for run in dict.fromkeys(run for run, _ in jobs)}
     for run, guess in guesses.items():
         seeds = [str(seed) for name, seed in missing if name == run]
-        cost = f"{guess / 60:.1f} minutes each" if guess else promise(run)
+        cost = f"{guess / 60:.1f} minutes each" if guess else target(run)
         print(f"{run:55}" + (f"missing: seed {', '.join(seeds)}; {cost}" if seeds else "done"))
     costs = [guesses[run] for run, _ in missing if guesses[run]]
     total = f", about {sum(costs) / 3600:.1f} hours of training" if costs else ""
@@ -109,10 +110,10 @@ def seconds(run: str, paces: dict) -> float | None:
     return pace and pace * (length[0] if length else steps)
 
 
-def promise(run: str) -> str:
+def target(run: str) -> str:
     """The cost that the experiment's file names."""
     config = yaml.safe_load((ROOT / f"configs/experiment/{run.split(',')[0]}.yaml").read_text())
-    return config.get("promise", {}).get("cost", "cost unknown")
+    return config.get("target", {}).get("cost", "cost unknown")
 
 
 def command(job: tuple[str, int]) -> list[str]:

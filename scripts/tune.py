@@ -1,11 +1,11 @@
 """Tuning as the paper did: for each base the peak learning rate, then β of SlowMo over it, each the best of a stated grid.
 
-    python scripts/tune.py photos               every base; trials that results/mine/trials.csv already holds are not run again
+    python scripts/tune.py cifar10_small               every base; trials that results/mine/data/trials.csv already holds are not run again
     python scripts/tune.py cifar10 --epochs 200 --seed 0 --launcher slurm
 
 A grid is run by Hydra's own sweeper (`run.py -m optimizer.lr=0.1,0.3,0.9`). The grid of rates grows by 3 while the best lies at its edge.
 The best has the highest validation accuracy (for translation the lowest NLL) on a seed that no table uses; a run that diverged is never
-the best. All trials, the chosen ones marked, go to results/mine/trials.csv, with --publish to results/trials.csv; the experiments' files
+the best. All trials, the chosen ones marked, go to results/mine/data/trials.csv, with --publish to results/data/; the experiments' files
 are changed by hand, and a test compares them with what is published.
 """
 
@@ -22,22 +22,24 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
-from results.tables import HERE, MINE, TEXT, table1  # noqa: E402
+from results.store import COLUMNS as LISTS  # noqa: E402
+from results.store import MINE, PUBLISHED  # noqa: E402
+from results.tables import TEXT, table1  # noqa: E402
 
 RATES = {True: [0.001, 0.002, 0.004], False: [0.1, 0.3, 0.9]}
 BETAS = [0.4, 0.6, 0.8]
-COLUMNS = ["experiment", "lr", "beta", "length", "seed", "status", "best_metric", "train_loss_best", "chosen", "commit"]
+COLUMNS = LISTS["trials"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=("photos", "scripts", "ende", "cifar10", "imagenet", "wmt16"))
+    parser.add_argument("data", choices=("cifar10_small", "imagenet_small", "wmt16_small", "cifar10", "imagenet", "wmt16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600, help="inner steps of a trial")
     parser.add_argument("--epochs", type=float, help="instead of --steps")
-    parser.add_argument("--launcher", default="here", help="launch=... of each grid; a cluster runs a grid as one job array")
+    parser.add_argument("--launcher", default="inprocess", help="launch=... of each grid; a cluster runs a grid as one job array")
     parser.add_argument("--jobs", type=int, default=2, help="grids at once")
-    parser.add_argument("--publish", action="store_true", help="take up and write results/trials.csv, which is committed")
+    parser.add_argument("--publish", action="store_true", help="take up and write results/data/trials.csv, which is committed")
     options = parser.parse_args()
     text = options.data in TEXT
     tuner = Tuner(options, text)
@@ -51,8 +53,8 @@ class Tuner:
     def __init__(self, options, text: bool):
         self.options, self.text = options, text
         self.length = f"epochs={options.epochs:g}" if options.epochs else f"steps={options.steps}"
-        self.path, self.lock = (HERE if options.publish else MINE) / "trials.csv", threading.RLock()
-        self.trials = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
+        self.store, self.lock = PUBLISHED if options.publish else MINE, threading.RLock()
+        self.trials = self.store.find("trials")
 
     def base(self, base: str) -> str:
         """Tune a base, then SlowMo over it; what was chosen, in words."""
@@ -130,7 +132,7 @@ class Tuner:
             self.save()
 
     def save(self) -> None:
-        collect.write(self.path, self.trials.sort_values(COLUMNS[:3], kind="stable").to_csv(index=False))
+        self.store.write("trials", self.trials.sort_values(COLUMNS[:3], kind="stable"))
 
 
 if __name__ == "__main__":

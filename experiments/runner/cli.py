@@ -37,11 +37,11 @@ from slowmo.checkpoint import PeerError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = """\
-  python run.py experiment=quickstart_slowmo_local_sgd                       the quickstart: real pictures, minutes on two cores
-  python run.py experiment=quickstart_slowmo_local_sgd dry_run=true          what it would do, send and take
-  python run.py experiment=photos_slowmo_sgp outer=lookahead outer.tau=6     another option of a group, another value of a key
-  python run.py -m experiment=photos_sgp,photos_slowmo_sgp seed=1,2,3        a sweep of six runs
-  python run.py experiment=imagenet_slowmo_sgp launch=slurm_dgx1             a job of SLURM's; launch=local: processes on this machine
+  python run.py experiment=quickstart_slowmo_local_sgd                              the quickstart: real pictures, minutes on two cores
+  python run.py experiment=quickstart_slowmo_local_sgd dry_run=true                 what it would do, send and take
+  python run.py experiment=cifar10_small_slowmo_sgp outer=lookahead outer.tau=6     another option of a group, another value of a key
+  python run.py -m experiment=cifar10_small_sgp,cifar10_small_slowmo_sgp seed=1,2,3 a sweep of six runs
+  python run.py experiment=imagenet_slowmo_sgp launch=slurm_dgx1                    a SLURM job; launch=local: processes on this machine
 """
 
 
@@ -87,7 +87,7 @@ def ended(code: int) -> None:
 def later(cfg, command: launch.Command) -> None:
     """This job is to be launched elsewhere."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError(f"launch={cfg.launch.name}: a sweeper plugin of Hydra's runs its jobs itself, choose launch=here")
+        raise ValueError(f"launch={cfg.launch.name}: a sweeper plugin of Hydra's runs its jobs itself, choose launch=inprocess")
     job.elsewhere = (cfg, command)
 
 
@@ -278,6 +278,8 @@ def _no_option(path: list[str], options: list[str]) -> str:
         depth += 1
     group, option = "/".join(path[:depth]), "/".join(path[depth:])
     close = config.meant(option, options)
+    if now := _renamed(group, option):
+        return f"no {group}={option}: since version 0.2 it is {group}={now}"
     if group == "experiment":
         return f"no experiment={option}{close or ': python run.py --help lists what there is'}"
     if not options:
@@ -285,12 +287,22 @@ def _no_option(path: list[str], options: list[str]) -> str:
     return f"no {group}={option}: choose one of {', '.join(options)}" + close.replace(": ", "; ", 1)
 
 
+def _renamed(group: str, option: str) -> str | None:
+    """What version 0.1 called `option`, by its present name."""
+    if group != "experiment":
+        return {("launch", "here"): "inprocess", ("schedule", "paper"): "cifar10", ("data", "scripts"): "glyphs"}.get((group, option))
+    for old, new in (("photos_", "cifar10_small_"), ("scripts_", "imagenet_small_"), ("ende_", "wmt16_small_")):
+        if option.startswith(old):
+            return new + option.removeprefix(old)
+    return None
+
+
 def _known() -> list[str]:
     """Every key and group there is by default and in any group's option."""
     found = {"experiment"}
     for path in CONFIGS.rglob("*.yaml"):
         group = path.relative_to(CONFIGS).parent
-        if group.parts[:1] in (("experiment",), ("runtime",)) or path.name == "runtime.yaml":
+        if group.parts[:1] in (("experiment",), ("benchmark",)) or path.name == "table2.yaml":
             continue
         prefix = ".".join((*group.parts, ""))
         found |= {str(group), *(f"{prefix}{key}" for key in config.flat(OmegaConf.load(path)))}
@@ -306,11 +318,12 @@ def overview() -> str:
     lines = ["SlowMo: m workers take tau steps of a base algorithm, then their average takes a step of slow momentum.", "", COMMANDS,
              "experiment= one of these, by task and data:", ""]  # fmt: skip
     shapes = CONFIGS / "experiment/shape"
+    shape_of = lambda name: max((path.stem for path in shapes.glob("*.yaml") if name.startswith(f"{path.stem}_")), key=len)
     for path in sorted(shapes.glob("*.yaml"), key=lambda path: (path.stem != "quickstart", _task(path))):
-        names = " ".join(sorted(one.stem for one in path.parents[1].glob(f"{path.stem}_*.yaml")))
+        names = " ".join(sorted(one.stem for one in path.parents[1].glob("*.yaml") if shape_of(one.stem) == path.stem))
         about = path.read_text().splitlines()[1].removeprefix("# ").partition(". ")[0].rstrip(".")
         lines += [f"{'{}, {}'.format(*_task(path))}: {about}", *textwrap.wrap(names, 110, initial_indent="  ", subsequent_indent="  "), ""]
-    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "runtime"))
+    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "benchmark"))
     lines += [f"{group + '=':12}{', '.join(sorted(path.stem for path in (CONFIGS / group).glob('*.yaml')))}" for group in groups]
     lines += ["", "README.md has the keys. A run's folder, runs/<experiment>[,key=value...]/seed<seed>, is a function of its command."]
     return "\n".join(lines)

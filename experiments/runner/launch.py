@@ -1,7 +1,7 @@
 """Where a run's processes start: here, on this machine, or in a SLURM job by way of submitit. Every one of them is `run.py` itself.
 
 A task of a job turns into run.py by exec, so SLURM's signals and its exit code (cli.py) are the run's own; of a job whose process was
-killed the others' is 1. Every command ends in launch=here: what an experiment file says about launching is for the first process alone.
+killed the others' is 1. Every command ends in launch=inprocess: what an experiment file says of launching is for the first process alone.
 
 After srun the batch script asks for the job again when the largest code is above 128, up to `launch.max_requeues` times; the run goes on
 from its last checkpoint. SLURM itself does so when a node fails. What is cancelled stays cancelled: SLURM ends the script too.
@@ -79,7 +79,7 @@ def command() -> Command:
         words.append(f"--config-name={running.job.config_name}")
     words += typed("hydra")
     words += [word for word in typed("task") if not re.match(r"[+~]*launch([.=/@]|$)", word)]
-    return Command([*words, "launch=here"])
+    return Command([*words, "launch=inprocess"])
 
 
 def threads(count: int) -> int:

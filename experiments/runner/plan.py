@@ -70,7 +70,7 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
         "rates": (schedule(0), max(schedule(s) for s in _some(range(steps))), schedule(steps - 1)),
         "device": cfg.cluster.device,
         "data": task.found(),
-        "promise": cfg.promise,
+        "target": cfg.target,
         "hours": cfg.launch.nodes * cfg.launch.minutes / 60 if cfg.launch.name == "slurm" else None,
     }  # fmt: skip
 
@@ -90,14 +90,14 @@ def _some(numbers: range):
 
 def show(summary: dict, path) -> str:
     """The plan as text, a line a fact."""
-    s, promise = summary, summary["promise"]
+    s, target = summary, summary["target"]
     facts = {
         "title": s["title"],
         "dropped": "; ".join(s["dropped"]),
         "experiment": s["experiment"] or "-",
-        "cell": promise.cell or "none of the paper's",
-        "paper": promise.paper or "-",
-        "cost": promise.cost or "-",
+        "table cell": target.table_cell or "none of the paper's",
+        "paper": target.paper or "-",
+        "cost": target.cost or "-",
         "iterations": f"{s['iterations']:,}",
         "slow steps": f"{s['slow steps']:,}",
         "parameters": f"{s['parameters']:,}",

@@ -143,7 +143,7 @@ class RunRecorder:
                 "seconds_per_iteration": seconds / max(step, 1),
                 **facts,
                 **({"lost": sorted(self.lost)} if self.lost else {}),
-                "promise": OmegaConf.to_container(self.cfg.promise),
+                "target": OmegaConf.to_container(self.cfg.target),
                 "workers": self.cluster.num_workers,
                 "processes": self.cluster.world_size,
                 "commit": self.commit,

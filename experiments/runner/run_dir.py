@@ -25,8 +25,9 @@ from experiments.runner.config import Composed, compose, flat
 
 # keys that do not change what a run computes; the seed has a level of its own, the problem file goes by its content
 IGNORED_KEYS = (
-    "seed", "dry_run", "resume", "checkpoint_every", "log_every", "logger", "runs", "promise.", "cluster.", "launch.", "data.root",
-    "data.download", "data.cache", "task.device", "task.problem", "task.loaders", "task.data.root", "task.data.download", "task.data.cache",
+    "seed", "dry_run", "resume", "checkpoint_every", "log_every", "logger", "runs", "target.", "cluster.", "launch.", "data.root",
+    "data.download", "data.cache", "task.device", "task.problem", "task.num_loader_workers",
+    "task.data.root", "task.data.download", "task.data.cache",
 )  # fmt: skip
 FILES, FOLDERS = ("config.yaml", "metrics.jsonl", "result.json", "final.npz", ".lock"), ("checkpoints", "models")
 

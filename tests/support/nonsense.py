@@ -3,7 +3,7 @@
 import random
 
 START = (
-    ("task=quadratic", "steps=4", "workers=4"), ("experiment=photos_slowmo_sgp",), ("experiment=scripts_sgp",),
+    ("task=quadratic", "steps=4", "workers=4"), ("experiment=cifar10_small_slowmo_sgp",), ("experiment=imagenet_small_sgp",),
     ("experiment=cifar10_osgp",),
 )  # fmt: skip
 COUNTS = ("workers", "steps", "checkpoint_every", "evaluate.every", "outer.tau")
@@ -22,11 +22,11 @@ CLASHES = (
     "base=local_sgd base/graph=ring", "base=allreduce base.gossip_buffers=true", "outer=none outer.beta=0.4",
     "outer=average outer.alpha=1.0", "optimizer=adam optimizer.momentum=0.9", "optimizer=adamw optimizer.nesterov=true",
     "steps=4 epochs=2", "steps=null epochs=null", "base=dpsgd base/graph=exponential", "task=imagenet data=photos",
-    "task=cifar10 data=wmt16", "task=imagenet data=libreoffice", "launch=here launch.processes=2", "launch=local launch.nodes=2",
+    "task=cifar10 data=wmt16", "task=imagenet data=libreoffice", "launch=inprocess launch.processes=2", "launch=local launch.nodes=2",
     "launch=local launch.name=slurm", "data=photos data.classes=3", "base=local_sgd outer=none",
     "base=local_sgd outer=slowmo outer.exact=false", "base=sgp base/graph=mixing", "schedule=constant schedule.warmup=3",
-    "experiment=photos_sgp experiment=photos_osgp,cifar10_sgp", "base=sgp base=", "~outer", "~workers", "~optimizer.lr", "~base",
-    "~cluster.device", "launch=local launch.processes=3 workers=4", "launch=slurm launch.nodes=3 workers=4",
+    "experiment=cifar10_small_sgp experiment=cifar10_small_osgp,cifar10_sgp", "base=sgp base=", "~outer", "~workers", "~optimizer.lr",
+    "~base", "~cluster.device", "launch=local launch.processes=3 workers=4", "launch=slurm launch.nodes=3 workers=4",
     "optimizer=sgd optimizer.betas=[0.9,0.99]", "optimizer._target_=os.system", "optimizer._target_=torch.optim.Nope",
     "outer._target_=3", "base._target_=null", "optimizer.nesterov=true optimizer.momentum=0",
     "schedule=step schedule.milestones=[9,1]", "schedule=inverse_sqrt schedule.warmup=0", "base=sgp base.messages=float8",

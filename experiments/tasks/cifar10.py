@@ -1,0 +1,148 @@
+"""CIFAR-10, or real pictures in its shape: ResNets on 32x32 images, ten classes."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from experiments import files
+from experiments.tasks import Task
+from experiments.tasks.resnet import ResNet
+from experiments.tasks.torchvision_cpu import torchvision
+
+
+class Cifar10(Task):
+    """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
+
+    batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
+    ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). stride: the stem's. Pictures live on the device as bytes; crop (4
+    pixels of padding), flip and normalisation are batched there. Which pictures a worker sees and how they are augmented depend on (seed,
+    epoch, worker) alone; shards are disjoint, reshuffled each epoch; what does not fill a batch is left out of that epoch.
+    Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
+    """
+
+    def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
+                 width: int, stride: int = 1, channels_last: bool = True):  # fmt: skip
+        if data.name not in ("photos", "cifar10"):
+            raise ValueError(f"task=cifar10 does not read data={data.name}: choose data=photos or data=cifar10")
+        if batch_size < 1 or batch_size % workers:
+            raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
+        self.workers, self.seed, self.batch = workers, seed, batch_size // workers
+        self.dtype, self.device = getattr(torch, dtype), torch.device(device)
+        self.layers, self.width, self.stride = list(layers), width, stride
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.data, self._loaded, self._drawn = data, None, {}
+        self.steps_per_epoch = _length(data) // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"{_length(data)} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
+
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(self.seed % 2**63)
+        model = ResNet(self.layers, self.width, stride=self.stride)
+        return model.to(self.device, self.dtype, memory_format=self.memory_format)
+
+    def batches(self, step: int, workers, part: tuple[int, int]):
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self.batch % part[1]:
+            raise ValueError(f"{self.batch} pictures a worker over its {part[1]} processes: choose task.batch_size so that it divides")
+        size = self.batch // part[1]
+        start = position * self.batch + part[0] * size
+        drawn = torch.cat([self._draw(epoch, i)[:, start : start + size] for i in workers], dim=1).to(self.device)
+        index, top, left, flip = drawn
+        train = self._pictures()["train"]
+        pictures = train["windows"][index, :, top, left]
+        pictures = torch.where(flip.bool()[:, None, None, None], pictures.flip(-1), pictures)
+        return list(zip(self._normal(pictures).split(size), train["labels"][index].split(size)))
+
+    def loss(self, model: torch.nn.Module, batch) -> torch.Tensor:
+        pictures, labels = batch
+        return F.cross_entropy(model(pictures), labels)
+
+    def evaluate(self, model: torch.nn.Module, part: tuple[int, int]) -> dict:
+        """Sums of the negative log likelihood (nats) and of correct answers in per cent, over every part[1]-th validation picture."""
+        validation = self._pictures()["validation"]
+        mine = slice(part[0], None, part[1])
+        nll, correct, count = 0.0, 0.0, 0
+        for pictures, labels in zip(validation["pictures"][mine].split(500), validation["labels"][mine].split(500)):
+            output = model(self._normal(pictures))
+            nll += float(F.cross_entropy(output, labels, reduction="sum"))
+            correct += float((output.argmax(1) == labels).sum())
+            count += len(labels)
+        return {"count": count, "validation_loss": nll, "nll": nll, "accuracy": 100 * correct}
+
+    def found(self) -> str:
+        if self.data.name == "photos":
+            missing = [package for package in ("skimage", "sklearn") if importlib.util.find_spec(package) is None]
+            where = f"the photographs inside the package{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+            return f"not there: {where}" if missing else "photographs inside scikit-image and scikit-learn"
+        folder = Path(self.data.root) / "cifar-10-batches-py"
+        return str(folder) if folder.is_dir() else f"not there: {folder}" + ", it will be downloaded" * self.data.download
+
+    def _draw(self, epoch: int, worker: int) -> torch.Tensor:
+        """A worker's epoch: [4, pictures] of index, top, left, flip."""
+        if self._drawn.get("epoch") != epoch:
+            count = _length(self.data)
+            self._drawn = {"epoch": epoch, "order": np.random.default_rng([self.seed, 2, epoch]).permutation(count)}
+        if worker not in self._drawn:
+            share = self.steps_per_epoch * self.batch
+            rng = np.random.default_rng([self.seed, 3, epoch, worker])
+            order = self._drawn["order"][worker * share : (worker + 1) * share]
+            drawn = np.stack([order, rng.integers(0, 9, share), rng.integers(0, 9, share), rng.integers(0, 2, share)])
+            self._drawn[worker] = torch.from_numpy(drawn)
+        return self._drawn[worker]
+
+    def _normal(self, pictures: torch.Tensor) -> torch.Tensor:
+        normal = self._pictures()["normal"]
+        return torch.addcmul(normal[1], pictures.to(self.dtype), normal[0]).contiguous(memory_format=self.memory_format)
+
+    def _pictures(self) -> dict:
+        """The data, loaded when first asked for: a plan does not need it."""
+        if self._loaded is None:
+            arrays = _load(self.data)
+            images, labels = (torch.from_numpy(arrays[f"train_{name}"]).to(self.device) for name in ("images", "labels"))
+            images = images.permute(0, 3, 1, 2)
+            # one channel after another: a training set in float64 would take eight times its bytes
+            channels = [images[:, c].float() for c in range(3)]
+            mean = torch.stack([c.mean(dtype=torch.float64) for c in channels])
+            std = torch.stack([c.double().square().mean() for c in channels]).sub(mean.square()).sqrt()
+            padded = F.pad(images, (4, 4, 4, 4))
+            validation, answers = (torch.from_numpy(arrays[f"validation_{name}"]).to(self.device) for name in ("images", "labels"))
+            self._loaded = {
+                # every 32x32 window of each padded picture, as a view: [N, 3, 9, 9, 32, 32]
+                "train": {"windows": padded.unfold(2, 32, 1).unfold(3, 32, 1), "labels": labels},
+                "validation": {"pictures": validation.permute(0, 3, 1, 2), "labels": answers},
+                "normal": [t.to(self.dtype).view(3, 1, 1) for t in (1 / std, -mean / std)],
+            }
+        return self._loaded
+
+
+def _length(data) -> int:
+    return 50_000 if data.name == "cifar10" else data.train
+
+
+def _load(data) -> dict[str, np.ndarray]:
+    if data.name == "photos":
+        from experiments.data import photos
+
+        return photos.load(data.root, data.train, data.validation)
+    if data.download:  # by one process of this machine; the others find it there
+        Path(data.root).mkdir(parents=True, exist_ok=True)
+        with files.lock(Path(data.root) / ".download.lock"):
+            try:
+                torchvision.datasets.CIFAR10(data.root, download=True)
+            except (RuntimeError, OSError) as error:
+                raise OSError(f"CIFAR-10 could not be downloaded to {data.root}: {error}") from error
+    try:
+        # torchvision unpickles these files only after their checksums matched the published ones
+        sets = [torchvision.datasets.CIFAR10(data.root, train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no CIFAR-10 under {data.root}: give the folder that holds cifar-10-batches-py with data.root=FOLDER, "
+            "or download it with data.download=true (170 MB); data=photos needs neither"
+        ) from error
+    names = ("train", "validation")
+    return {f"{name}_images": s.data for name, s in zip(names, sets)} | {
+        f"{name}_labels": np.asarray(s.targets, dtype=np.int64) for name, s in zip(names, sets)
+    }

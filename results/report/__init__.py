@@ -1,0 +1,141 @@
+"""Tables, curves and verdicts for readers: in one page without any network, results/report.html, and in the README's blocks.
+
+On the page every number's title says which runs it is of.
+"""
+
+import html
+import json
+from pathlib import Path
+
+from results import claims, cost_model, figures, tables, timing
+from results.store import PUBLISHED, Curves, Runs, Store, save
+from results.tables import LABELS, SMALL, TITLES, cells, heading, layout, rule, shown, unanswered
+
+HERE = Path(__file__).parent
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MEASURES = {"accuracy": "accuracy (%)", "nll": "NLL (nats)", "nll_base2": "NLL (base 2)", "train_loss": "training loss"}
+
+
+def main(store: Store, published_runs: Runs | None = None) -> None:
+    """Write report.html. published_runs: to stand beside a user's own."""
+    runs, out = Runs(store), store.folder / "report.html"
+    curves = Curves(runs)
+    parts = [
+        "<h2>Curves</h2>",
+        plots(runs, curves),
+        "<h2>Claims</h2>",
+        verdicts(runs),
+        "<h2>Seconds of an iteration</h2>",
+    ]
+    measured = store.find("links")
+    for data in cost_model.TASKS:
+        parts += [f"<h3>{html.escape(TITLES[data])}</h3>", marked(timing.against_paper(data)), marked(timing.on_links(data, measured))]
+    for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
+        parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
+        parts += [section(table, runs, published_runs) for table in layout(data)]
+    complaints = [*runs.complaints, *unanswered()]
+    if complaints:
+        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in dict.fromkeys(complaints))}</ul>")
+    page = (HERE / "template.html").read_text()
+    save(out, page.replace("<!-- BODY -->", "\n".join(parts)))
+    print(f"wrote {out}: {out.stat().st_size / 1000:.0f} kB")
+
+
+def section(table, runs: Runs, published_runs: Runs | None = None) -> str:
+    """A table; the numbers of a cell carry their runs as a title, and all stand below for fingers and paper."""
+    found = cells(table, runs, published_runs)
+    text = shown(table, found)
+    head = "".join(f"<th>{html.escape(heading(title))}</th>" for title in text.columns)
+    body, addresses = [], {}
+    for row in text.itertuples(index=False):
+        of_row = found[found["run"] == row[1]].iloc[0]
+        if of_row["address"]:
+            addresses[of_row["row"]] = of_row["address"]
+        title = html.escape(of_row["address"] or f"no run yet: {of_row['command']}", quote=True)
+        numbers = "".join(f'<td title="{title}">{_code(value)}</td>' for value in row[2:])
+        body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
+    where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
+    where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
+    title, under = (
+        f"<h3>{html.escape(table.title)}</h3>",
+        f"<p class=rule>{html.escape(rule(table, 'ours_n' in found).replace('*', ''))}</p>",
+    )
+    return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
+
+
+def marked(text: str) -> str:
+    """Tables and paragraphs of Markdown."""
+    out = []
+    for block in text.strip().split("\n\n"):
+        lines = [line.split("|")[1:-1] for line in block.splitlines()] if block.startswith("|") else []
+        rows = ["".join(f"<{tag}>{html.escape(word.strip())}</{tag}>" for word in line)
+                for line, tag in zip(lines[:1] + lines[2:], ["th", *["td"] * len(lines)])]  # fmt: skip
+        out.append(
+            f"<div class=wide><table><tr>{'</tr><tr>'.join(rows)}</tr></table></div>" if rows else f"<p class=rule>{html.escape(block)}</p>"
+        )
+    return "".join(out)
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
+
+
+def verdicts(runs: Runs) -> str:
+    judged, undecided = claims.decided(claims.stored(runs))
+    rows = "".join(
+        f'<tr class="{line.verdict.split()[0]}"><td>{html.escape(line.claim)}</td><td><code>{line.data}</code></td><td>{line.verdict}</td>'
+        f'<td title="{html.escape(str(line.runs), quote=True)}">{html.escape(str(line.evidence))}</td></tr>' for line in judged.itertuples()
+    )  # fmt: skip
+    rest = f"<p>{html.escape(undecided)}</p>" if undecided else ""
+    return (
+        f"<div class=wide><table><thead><tr><th>claim<th>data<th>verdict<th>evidence</tr></thead><tbody>{rows}</tbody></table></div>{rest}"
+    )
+
+
+def plots(runs: Runs, curves) -> str:
+    """The curves as data; the page's own script draws them."""
+    out = []
+    for data in TITLES:
+        lines = []
+        for cell in tables.table1(data):
+            found = curves.of(f"{data}_{cell}")
+            if found.empty:
+                continue
+            style = figures.styled(cell, data)
+            times, how = figures.clock(data, cell, found)
+            series = {"epochs": found["epoch"].round(4).tolist(), how: [round(float(s), 2) for s in times]}
+            for name in MEASURES:
+                if name in found and found[name].notna().all():
+                    series[name] = found[name].round(5).tolist()
+                    if f"{name}_worker_min" in found and found[f"{name}_worker_min"].notna().all():
+                        series[f"{name} band"] = found[[f"{name}_worker_min", f"{name}_worker_max"]].round(5).to_numpy().tolist()
+            lines.append({"label": LABELS[cell], "color": COLORS[int(style["color"][1:])], "dash": style["linestyle"] == "--",
+                          "from": runs.address(f"{data}_{cell}"), "series": series})  # fmt: skip
+        if lines:
+            out.append({"title": TITLES[data], "lines": lines})
+    text = json.dumps({"plots": out, "measures": MEASURES}, allow_nan=False).replace("</", "<\\/")
+    return f'<div id="plots"></div><script type="application/json" id="curves">{text}</script>'
+
+
+def readme(path: Path, runs: Runs) -> str:
+    """The README with every block `<!-- KEY DATA: python -m results readme -->` made anew. ValueError for an unknown one."""
+    parts = path.read_text().split("<!-- ")
+    out = parts[:1]
+    for part in parts[1:]:
+        name, mark, rest = part.partition(": python -m results readme -->")
+        if mark:
+            key, _, data = name.partition(" ")
+            if key == "claims":
+                made = claims.markdown(claims.stored(runs))
+            elif key == "benchmarks":
+                made = timing.benchmarks(PUBLISHED)
+            elif key == "runtime" and data in cost_model.TASKS:
+                made = "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
+            else:
+                chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
+                if not chosen:
+                    raise ValueError(f"{path} asks for a table {name} that there is not")
+                made = tables.markdown(chosen[0], cells(chosen[0], runs))
+            rest = f"\n{made}"
+        out.append(name + mark + rest)
+    return "<!-- ".join(out)

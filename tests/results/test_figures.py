@@ -1,0 +1,94 @@
+"""Figures: drawn where there are runs, from the numbers that are there."""
+
+import matplotlib.pyplot as plt
+import pytest
+from listed import curve, lines, written
+from matplotlib.colors import to_rgb
+
+from results import cost_model, figures, store, tables
+
+VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo_sgp", "ar_sgd")
+
+
+@pytest.fixture
+def path(tmp_path):
+    runs = [lines(f"cifar10_small_{cell}", [60.0 + k, 61.0 + k]) for k, cell in enumerate(VISION)]
+    runs += [lines(f"cifar10_small_slowmo_sgp,outer.tau={t}", [50.0, 52.0]) for t in (24, 48)]
+    curves = [curve(f"cifar10_small_{cell}", seed, 60 + k + seed) for k, cell in enumerate(VISION) for seed in (1, 2)]
+    return written(tmp_path, *runs, curves=curves)
+
+
+def test_what_there_are_runs_for(path, tmp_path, capsys):
+    figures.main(path)
+    made = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert made == {
+        f"{name}_cifar10_small.{kind}" for name in ("fig2", "wallclock", "fig3") for kind in ("pdf", "png")
+    }  # no sweep of α and β
+    assert "fig3_cifar10_small" in capsys.readouterr().out
+
+
+def loaded(path):
+    runs = store.Runs(path)
+    return runs, store.Curves(runs)
+
+
+def test_the_band_is_over_workers_and_seeds(path):
+    _, curves = loaded(path)
+    found, first = curves.of("cifar10_small_sgp"), curve("cifar10_small_sgp", 1, 65.0)
+    assert found["seeds"].tolist() == [2] * 10
+    assert found["accuracy"].to_numpy() == pytest.approx(first["accuracy"] + 0.5)
+    assert found["accuracy_worker_min"].to_numpy() == pytest.approx(first["accuracy"] - 2)
+    assert found["accuracy_worker_max"].to_numpy() == pytest.approx(first["accuracy"] + 1 + 3)
+
+
+def test_curves_of_runs_that_do_not_count_are_not_drawn(tmp_path):
+    path = written(tmp_path, lines("cifar10_small_sgp", [60.0]), lines("cifar10_small_osgp", [1.0], status="diverged"),
+                   curves=[curve("cifar10_small_sgp", 1), curve("cifar10_small_sgp", 2), curve("cifar10_small_osgp", 1)])  # fmt: skip
+    _, curves = loaded(path)
+    assert curves.of("cifar10_small_osgp").empty and curves.of("cifar10_small_sgp")["seeds"].tolist() == [1] * 10
+
+
+def test_modelled_seconds_are_those_of_the_paper_s_cluster_and_say_so(path):
+    runs, curves = loaded(path)
+    seconds, how = figures.clock("cifar10_small", "ar_sgd", curves.of("cifar10_small_ar_sgd"))
+    assert seconds[-1] == pytest.approx(1200 * cost_model.pace("imagenet", "ar_sgd")) and how.startswith("modelled")
+    assert seconds[-1] == pytest.approx(1200 * 0.420, rel=0.15)  # Table 2
+    figure = figures.wallclock("cifar10_small", runs, curves)
+    assert "modelled" in figure.axes[0].get_xlabel() and len(figure.axes[0].lines) == 7
+    plt.close(figure)
+
+
+def test_measured_seconds_of_a_cluster(tmp_path):
+    path = written(tmp_path, lines("cifar10_sgp", [60.0], processes=32), curves=[curve("cifar10_sgp", 1)])
+    runs, curves = loaded(path)
+    seconds, how = figures.clock("cifar10", "sgp", curves.of("cifar10_sgp"))
+    assert how == "measured" and seconds.iloc[-1] == 60.0
+
+
+def test_base_and_slowmo_differ_without_colour():
+    for data in tables.TITLES:
+        cells = tables.table1(data)
+        styles = {cell: figures.styled(cell, data) for cell in cells}
+        looks = [(style["linestyle"], style["marker"]) for cell, style in styles.items() if cell.startswith("slowmo_")]
+        assert len(set(looks)) == len(looks)
+        for cell in (cell for cell in cells if cell.startswith("slowmo_")):
+            base = styles[cell.removeprefix("slowmo_")]
+            assert base["color"] == styles[cell]["color"] and base["linestyle"] != styles[cell]["linestyle"]
+
+
+def test_the_colours_differ_in_grey():
+    """Of the cells in one picture: luminance apart, or another line."""
+    with plt.style.context(figures.STYLE):
+        colors = plt.rcParams["axes.prop_cycle"].by_key()["color"][:4]
+    grey = sorted(0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in map(to_rgb, colors))
+    assert len(set(figures.MARKERS)) >= 4 and grey[-1] - grey[0] > 0.15
+
+
+def test_no_curves_names_the_remedy(tmp_path):
+    path = written(tmp_path, lines("cifar10_small_sgp", [60.0]))
+    (tmp_path / "data/curves.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="collect makes it"):
+        figures.main(path)
+    (tmp_path / "data/curves.csv").write_text("a\n1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        figures.main(path)
