@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_model
 from torch.nn import functional as F
 
 from experiments.tasks import cifar10
@@ -32,7 +33,7 @@ def arrays(monkeypatch):
 
 
 def make(seed=0, workers=WORKERS, batch_size=BATCH, dtype="float32", layers=(1, 1, 1, 0), width=4, **options):
-    data = SimpleNamespace(name="photos", root="nowhere", train=TRAIN, validation=VALIDATION, download=False)
+    data = SimpleNamespace(name="photos", root="nowhere", train=TRAIN, validation=VALIDATION, download=False, heldout="validation")
     return Cifar10(workers, seed, dtype, "cpu", data, batch_size, layers, width, **options)
 
 
@@ -255,3 +256,49 @@ def test_damaged_files_are_not_unpickled(folder, name):
     path = root / "cifar-10-batches-py" / name
     path.write_bytes(path.read_bytes() + b"x")
     remedied(root)
+
+
+def test_without_augmentation_pictures_are_as_they_are(arrays):
+    """And which pictures come is the same, and a negative seed is a seed."""
+    plain, task = make(augment=False, seed=-1), make(seed=-1)
+    assert (epoch(plain, 0) == epoch(task, 0)).all() and (epoch(plain, 0) != epoch(make(augment=False), 0)).any()
+    (pictures, labels), *_ = plain.batches(0, range(3), (0, 1))
+    expected = plain._normal(torch.from_numpy(arrays["train_images"][labels]).permute(0, 3, 1, 2))
+    assert torch.equal(pictures, expected)
+    (cropped, same_labels), *_ = task.batches(0, range(3), (0, 1))
+    assert torch.equal(labels, same_labels) and not torch.equal(cropped, expected)
+
+
+def test_the_error_over_cells():
+    """By hand: equal cells give the standard error of the mean of their accuracies; one cell counted thrice is one cell."""
+    accuracies = torch.tensor([0.5, 0.7, 0.9, 0.3])
+    expected = 100 * accuracies.std().item() / 2
+    assert cifar10.error_over_cells(10 * accuracies, torch.full((4,), 10)) == pytest.approx(expected)
+    assert cifar10.error_over_cells(30 * accuracies, torch.full((4,), 30)) == pytest.approx(expected)
+    # unequal: correct - count * mean = 6 - 8 * 0.75, 3 - 4 * 0.75, 0 for an empty cell
+    assert cifar10.error_over_cells(torch.tensor([7.0, 2.0, 0.0]), torch.tensor([8, 4, 0])) == pytest.approx(
+        100 * (2 * (1 + 1)) ** 0.5 / 12
+    )
+
+
+def test_a_run_ends_with_its_accuracy_in_each_cell(arrays, tmp_path):
+    """All ranks together, of the last averaged model; pictures without cells have no such error."""
+    cells = np.arange(VALIDATION) * 3 // VALIDATION
+    task = make()
+    model = task.model()
+    assert task.finish([tmp_path / "model"], None) == {}
+    arrays["validation_cells"] = cells
+    save_model(model, tmp_path / "model")
+    task = make(seed=1)
+
+    class Alone:
+        rank, world_size = 0, 1
+
+        def all_reduce(self, values):
+            pass
+
+    assert task.finish([], Alone()) == {}
+    found = task.finish([tmp_path / "model"], Alone())["cells"]
+    assert found["number"] == 3 and found["count"] == np.bincount(cells).tolist()
+    accuracy = task.evaluate(model.eval().requires_grad_(False), (0, 1))["accuracy"]
+    assert 100 * sum(found["correct"]) == accuracy and 0 < accuracy < 100 * VALIDATION

@@ -43,14 +43,15 @@ def test_shapes_types_and_balance(data):
         assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
         assert labels.shape == (count,) and labels.dtype == np.int64
         assert np.bincount(labels).tolist() == [count // 10] * 10
+        assert len(data["validation_cells"]) == COUNTS["validation"]
         prefix = np.bincount(labels[:200], minlength=10)
         assert prefix.min() > 5 and prefix.max() < 40  # 20 expected: shuffled, not sorted
 
 
 def test_same_bytes_twice(data, cache, tmp_path):
     assert_same(data, photos.load(tmp_path / "not" / "there", **COUNTS))  # made a second time
-    first, = cache.iterdir()
-    second, = (tmp_path / "not" / "there").iterdir()
+    (first,) = cache.iterdir()
+    (second,) = (tmp_path / "not" / "there").iterdir()
     assert first.name == second.name and first.read_bytes() == second.read_bytes()
 
 
@@ -75,7 +76,7 @@ def flipped(raw):
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda raw: b""])
 def test_damaged_cache_is_remade(damage, tmp_path, capsys):
     made = photos.load(tmp_path, train=40, validation=20)
-    path, = tmp_path.iterdir()
+    (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     assert "damaged" not in capsys.readouterr().out
     path.write_bytes(damage(whole))
@@ -84,36 +85,52 @@ def test_damaged_cache_is_remade(damage, tmp_path, capsys):
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
+SPLITS = ("train", "validation", "tuning")
+
+
 def test_cells_share_no_pixel(shapes):
     for height, width in shapes:
         assert min(height, width) == 420
         used = np.zeros((height, width), int)
-        for split in ("train", "validation"):
+        for split in SPLITS:
             for top, left in photos.cells(height, width, split):
                 assert top + photos.CELL <= height and left + photos.CELL <= width
                 used[top : top + photos.CELL, left : left + photos.CELL] += 1
         assert used.max() == 1
-        held_out, rest = (len(photos.cells(height, width, s)) for s in ("validation", "train"))
-        assert 0.15 <= held_out / (held_out + rest) <= 0.25
+        train, validation, tuning = (len(photos.cells(height, width, s)) for s in SPLITS)
+        for held_out in (validation, tuning):
+            assert 0.15 <= held_out / (train + validation + tuning) <= 0.25
         rows, columns = photos.cells(height, width, "validation").T // photos.CELL
         assert set(rows) == set(range(height // photos.CELL))  # none of the picture is left out
-        assert len(set(columns)) >= 5
+        assert len(set(columns)) >= 9
+    assert sum(len(photos.cells(height, width, "validation")) for height, width in shapes) >= 200
 
 
 def test_patches_stay_inside_their_cells(shapes):
     covered = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         generator = np.random.default_rng(0)
-        labels, tops, lefts = photos.draw(generator, 2_000, split, shapes)
+        labels, cells, tops, lefts = photos.draw(generator, 2_000, split, shapes)
         covered[split] = np.zeros((10, *np.max(shapes, axis=0)), bool)
-        for label, top, left in zip(labels, tops, lefts, strict=True):
+        known = {}
+        for label, cell, top, left in zip(labels, cells, tops, lefts, strict=True):
             corner = [top // photos.CELL * photos.CELL, left // photos.CELL * photos.CELL]
             assert corner in photos.cells(*shapes[label], split).tolist()
+            assert known.setdefault(cell, (label, *corner)) == (label, *corner)  # a cell is one place of one picture
             offset = np.array([top, left]) - corner
             assert offset.min() >= photos.GUTTER
             assert offset.max() + photos.SIZE + photos.GUTTER <= photos.CELL
             covered[split][label, top : top + photos.SIZE, left : left + photos.SIZE] = True
-    assert covered["train"].any() and not (covered["train"] & covered["validation"]).any()
+        assert len(set(known.values())) == len(known)
+    assert all(covered[split].any() for split in SPLITS) and sum(covered[split].astype(int) for split in SPLITS).max() == 1
+
+
+def test_tuning_is_a_split_of_its_own(data, tmp_path):
+    tuning = photos.load(tmp_path, **COUNTS, heldout="tuning")
+    np.testing.assert_array_equal(tuning["train_images"], data["train_images"])
+    assert not {patch.tobytes() for patch in tuning["validation_images"]} & {patch.tobytes() for patch in data["validation_images"]}
+    with pytest.raises(ValueError, match="choose validation or tuning"):
+        photos.load(tmp_path, **COUNTS, heldout="test")
 
 
 def test_no_patch_in_both_splits(data):
@@ -139,8 +156,7 @@ def test_counts_below_one(counts, tmp_path):
 @pytest.mark.parametrize("package", ["skimage", "sklearn", "PIL"])
 def test_missing_package_names_the_remedy(package, tmp_path, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name: None if name == package else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(FileNotFoundError, match=r'pip install -e "\.\[photos\]"'):
         photos.load(tmp_path)
 
