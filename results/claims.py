@@ -1,9 +1,10 @@
-"""The paper's claims, each judged by runs: supported, contradicted, or not enough runs.
+"""The paper's claims, each judged by runs: supported, contradicted, equivalent within a margin, undecided, or not run.
 
-Every test is paired over seeds and says its interval (95%, Student's t, two-sided). A claim over several bases is supported when each
-of its parts is, contradicted when one part is. "Equal" needs a margin: the interval must lie inside it (two one-sided tests).
+The rules are results/protocol.md's, the arithmetic is inference.py's. A claim of several parts is supported when each part is, and
+contradicted when one is.
 """
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -14,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from results import inference
 from results.store import COLUMNS as LISTS
 from results.store import NETWORK, Runs, Store
-from results.tables import ACCURACY, BLEU, LOSS, NLL, TEXT, TITLES, change, interval, sweep, varied
+from results.tables import BLEU, BLEU_TEST, LABELS, LAST, LOSS_LAST, LOSS_TIERS, NLL, SMALL, TEXT, TITLES, sweep, table1, varied
 
-SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not enough runs"
+SUPPORTED, CONTRADICTED, EQUIVALENT, UNDECIDED, NOT_RUN = "supported", "contradicted", "equivalent", "undecided", "not run"
+PRIMARY, SECONDARY = "primary", "secondary"
+COST, OURS = "cost", "question of ours"
+COMPUTED = "computed"
 PACE = 5.0  # per cent of an iteration
+# what counts as on par: per cent, BLEU, a tenth of a training loss, NLL
+MARGINS = {LAST.name: 1.0, BLEU.name: 0.5, BLEU_TEST.name: 0.5, LOSS_LAST.name: math.log(1.1), NLL[True][1].name: 0.03}
 ROOT = Path(__file__).parent.parent
 COLUMNS = LISTS["claims"]
 
@@ -37,12 +44,116 @@ def main(store: Store, again: bool = True) -> None:
         print(f"{line.verdict:16}{line.claim} [{line.data}]: {line.evidence}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A difference of cells, `terms` of (sign, run), that a claim says to lie between `low` and `high`."""
+
+    what: str
+    terms: tuple
+    metric: str
+    low: float
+    high: float
+
+    @property
+    def runs(self) -> str:
+        return " ".join(f"{'+' if sign > 0 else '−'} {run}" for sign, run in self.terms)[2:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    text: str
+    kind: str
+    parts: tuple
+    turns: bool = False  # of a sweep: that it is not monotone; the parts are neighbours
+
+
 def on_runs(runs: Runs) -> pd.DataFrame:
     """The claims that runs decide: a line for each, and each data set."""
     lines = []
     for data in TITLES:
-        lines += [dict(zip(COLUMNS, (claim, data, *judge(parts)))) for claim, parts in claims(data, runs)]
+        made = [(claim, Judgement(claim, runs, data)) for claim in claims(data)]
+        held = iter(inference.holm([found.p for claim, found in made if claim.kind == PRIMARY and found.p is not None]))
+        for claim, found in made:
+            level = next(held) if claim.kind == PRIMARY and found.p is not None else inference.NOMINAL
+            sources = "; ".join(part.runs for part in claim.parts)
+            lines.append((claim.text, data, claim.kind, found.verdict(level), found.evidence(level), sources))
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+class Judgement:
+    """What the runs of one data set say about a claim. p: the smallest of the three of its looks; None before the first."""
+
+    def __init__(self, claim: Claim, runs: Runs, data: str):
+        self.claim = claim
+        self.cells = {run: seeds_of(runs, run, part.metric) for part in claim.parts for _, run in part.terms}
+        least = min(map(len, self.cells.values()), default=0)
+        self.seeds, self.diverged = least, ""
+        for run, cell in self.cells.items():
+            gone = cell.index[:least][cell["status"][:least] == "diverged"]
+            self.diverged = self.diverged or (f"{run} diverged with seed {gone[0]}" if len(gone) else "")
+        self.estimates = [] if least < 2 or self.diverged else [self.estimate(part, runs, data, least) for part in claim.parts]
+        reached = [look for look in inference.LOOKS if look <= least] if self.estimates else []
+        tests = [self.tests([self.estimate(part, runs, data, look) for part in claim.parts]) for look in reached]
+        self.support, self.against, self.same = (min(column) for column in zip(*tests)) if tests else (None, None, None)
+        self.p = min(self.support, self.against, self.same) if tests else None
+
+    def estimate(self, part: Part, runs: Runs, data: str, seeds: int) -> inference.Estimate:
+        """With the first so many seeds of each cell. Losses are paired, and training losses compared as ratios; the others are pooled."""
+        terms = [(sign, self.cells[run][part.metric].iloc[:seeds]) for sign, run in part.terms]
+        if part.metric == LOSS_LAST.name:
+            return inference.paired([(sign, np.log(cell)) for sign, cell in terms])
+        if part.metric not in (LAST.name, BLEU.name, BLEU_TEST.name):
+            return inference.paired(terms)
+        done = (runs.values(f"{data}_{cell}", part.metric) for cell in table1(data))
+        return inference.pooled(terms, [cell[cell.index > 0].iloc[:seeds] for cell in done])
+
+    def tests(self, estimates) -> tuple[float, float, float]:
+        """p that the claim holds, that it does not, that there is no difference to speak of."""
+        parts = self.claim.parts
+        if self.claim.turns:
+            up, down = [e.above(0) for e in estimates], [e.below(0) for e in estimates]
+            return max(min(up), min(down)) * len(parts), 2 * min(max(up), max(down)), 1.0
+        support = max(e.within(part.low, part.high) for e, part in zip(estimates, parts))
+        against = len(parts) * min(e.outside(part.low, part.high) for e, part in zip(estimates, parts))
+        same = max(e.within(-MARGINS[part.metric], MARGINS[part.metric]) for e, part in zip(estimates, parts))
+        directed = all(math.isinf(part.low) or math.isinf(part.high) for part in parts)
+        return support, min(1.0, against), same if directed else 1.0
+
+    def verdict(self, level: float) -> str:
+        if not self.estimates and not self.diverged:
+            return NOT_RUN
+        if self.p is None:
+            return UNDECIDED
+        found = ((self.support, SUPPORTED), (self.against, CONTRADICTED), (self.same, EQUIVALENT))
+        return next((word for p, word in found if p < level), UNDECIDED)
+
+    def evidence(self, level: float) -> str:
+        if self.diverged:
+            return self.diverged
+        if not self.estimates:
+            return f"{self.seeds} seed" if self.seeds else "no runs"
+        said = "; ".join(f"{part.what} {shown(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
+        verdict, wanted = self.verdict(level), ""
+        if verdict == UNDECIDED and not self.claim.turns:
+            most = max(e.seeds_for(part.low, part.high) for e, part in zip(self.estimates, self.claim.parts))
+            wanted = f"; would take about {most} seeds" if most <= 1000 else "; would take over 1000 seeds"
+        elif verdict == EQUIVALENT:
+            wanted = f"; within ±{MARGINS[self.claim.parts[0].metric]:.2g}"
+        return f"{said} ({self.seeds} seeds{wanted})"
+
+
+def seeds_of(runs: Runs, run: str, metric: str) -> pd.DataFrame:
+    """A cell's runs by seed, those that diverged or have the metric; seeds below 1 are for tuning."""
+    lines = runs.of(run)
+    return lines[(lines.index > 0) & ((lines["status"] == "diverged") | lines[metric].notna())]
+
+
+def shown(e: inference.Estimate, metric: str) -> str:
+    """An estimate and its 95% interval; of training losses as a ratio."""
+    if metric == LOSS_LAST.name:
+        ratio, low, high = (math.exp(value) for value in (e.mean, e.mean - e.half(), e.mean + e.half()))
+        return f"× {ratio:.3g} ({low:.3g} to {high:.3g})"
+    return f"{e.mean:+.3g} ± {e.half():.2g}".replace("-", "−")
 
 
 def on_links(lines: pd.DataFrame) -> pd.DataFrame:
@@ -54,16 +165,15 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
         slow = [row for row in times if row.startswith("slowmo_") and "," not in row]  # with the paper's τ
 
         def change(row, other, least, most):
-            changes = 100 * (times[row] / times[other] - 1)
-            return row, changes.mean(), interval(changes), least, most, f"{len(changes)} rounds, {network[2]} hosts, {network[4]}"
+            return row, 100 * (times[row] / times[other] - 1), least, most, f"{len(times)} rounds, {network[2]} hosts, {network[4]}"
 
-        claims = [(f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)",
+        claims = [(COST, f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)",
                    [change(row, row.removeprefix("slowmo_"), -PACE, PACE) for row in slow])]  # fmt: skip
         for every in (row for row in times if row.startswith("ar_")):
             when = "after" if every.endswith("_after") else "during"
-            claims.append((f"an iteration with SlowMo costs less than that of AllReduce {when} backward",
+            claims.append((OURS, f"an iteration with SlowMo costs less than that of AllReduce {when} backward",
                            [change(row, every, -math.inf, 0) for row in slow]))  # fmt: skip
-        judged += [dict(zip(COLUMNS, (claim, where, *judge(parts)))) for claim, parts in claims if parts]
+        judged += [(claim, where, kind, *judge(parts)) for kind, claim, parts in claims if parts]
     return pd.DataFrame(judged, columns=COLUMNS)
 
 
@@ -75,95 +185,97 @@ def stored(runs: Runs) -> pd.DataFrame:
 
 
 def decided(judged: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The lines of data sets that have any verdict, and a sentence about the others."""
-    some = [data for data, part in judged.groupby("data", sort=False) if (part["verdict"] != OPEN).any()]
-    others = [data for data in dict.fromkeys(judged["data"]) if data not in some]
-    return judged[judged["data"].isin(some)], f"{', '.join(others)}: {OPEN} for any claim." * bool(others)
+    """The lines of what was run, and a sentence about the data sets of which nothing was."""
+    some = judged[judged["verdict"] != NOT_RUN]
+    others = [data for data in dict.fromkeys(judged["data"]) if data not in set(some["data"])]
+    return some, f"{', '.join(others)}: {NOT_RUN}." * bool(others)
 
 
 def markdown(judged: pd.DataFrame) -> str:
+    """What the paper claims, and apart from it what runs cost."""
     lines, rest = decided(judged)
-    text = ["| claim | data | verdict | evidence |", "|---|---|---|---|"]
-    text += [f"| {line.claim} | `{line.data}` | {line.verdict} | {line.evidence} |" for line in lines.itertuples()]
-    return "\n".join(text) + "\n" + f"\n{rest}\n" * bool(rest)
+    cost = lines["kind"].isin((COST, OURS))
+    text = []
+    for part in (lines[~cost], lines[cost]):
+        if len(part):
+            text += ["| claim | data | kind | verdict | evidence |", "|---|---|---|---|---|"]
+            text += [f"| {line.claim} | `{line.data}` | {line.kind} | {line.verdict} | {line.evidence} |" for line in part.itertuples()]
+            text += [""]
+    return "\n".join([*text, *([rest, ""] if rest else [])])
 
 
-def claims(data: str, runs: Runs):
-    """(claim, its parts). A part is (what, mean, half an interval, least, most, runs): supported where mean ± half lies within
-    (least, most), contradicted where it lies outside."""
+def claims(data: str):
+    """The paper's claims on a data set. Primary is what its tier is there for, by the last evaluation."""
     text = data in TEXT
-    metric = BLEU if text else ACCURACY
     bases = ("local_adam", "sgp") if text else ("local_sgd", "osgp", "sgp")
     name = lambda cell: f"{data}_{cell}"
-    slow, local = name("slowmo_sgp"), name(f"slowmo_{bases[0]}")
+    slow, reduce, local = name("slowmo_sgp"), name("ar_adam" if text else "ar_sgd"), name(f"slowmo_{bases[0]}")
+    quality = (BLEU_TEST if data in SMALL else BLEU) if text else LAST  # BLEU on data that tuning has not seen
+    word = "BLEU" if text else "accuracy"
+    loss_tier = data in LOSS_TIERS
+    loss_kind, quality_kind = (SECONDARY if data == "cifar10_small" else PRIMARY), (SECONDARY if loss_tier else PRIMARY)
+    main = LOSS_LAST if loss_tier else quality
 
-    def paired(what, run, against, metric, least, most):
-        changes = change(runs, run, against, metric)
-        source = f"{run} / {against}, seeds {', '.join(map(str, changes.index)) or 'none'}"
-        return what, changes.mean(), interval(changes), least, most, source
+    def better(what, run, against, metric=main):
+        return Part(what, ((1, run), (-1, against)), metric.name, *((0, math.inf) if metric.more else (-math.inf, 0)))
 
-    yield "SlowMo lowers the training loss of each base", [
-        paired(base, name(f"slowmo_{base}"), name(base), LOSS.name, -math.inf, 0) for base in bases]  # fmt: skip
-    yield f"SlowMo raises the {'BLEU' if text else 'accuracy'} of each base", [
-        paired(base, name(f"slowmo_{base}"), name(base), metric.name, 0, math.inf) for base in bases]  # fmt: skip
-    yield f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)", [
-        paired(base, name(f"slowmo_{base}"), name(base), "milliseconds", -PACE, PACE) for base in bases]  # fmt: skip
-    # as good as: no further away than half of what SlowMo gained in the paper
-    margin, near = (0.03, NLL[True][0]) if text else (0.3, ACCURACY)
-    yield f"noaverage matches SGP with SlowMo (within {margin} of {near.title})", [
-        paired("noaverage", name("sgp_noaverage"), slow, near.name, -margin, margin)]  # fmt: skip
+    def same(what, run, against, metric):
+        margin = MARGINS[metric.name]
+        return Part(what, ((1, run), (-1, against)), metric.name, -margin, margin)
+
+    for base in bases:
+        one = f"slowmo_{base}", name(f"slowmo_{base}"), name(base)
+        yield Claim(f"SlowMo lowers the training loss of {LABELS[base]}", loss_kind, (better(*one, LOSS_LAST),))
+        yield Claim(f"SlowMo raises the {word} of {LABELS[base]}", quality_kind, (better(*one, quality),))
     if not text:
-        gains = {base: change(runs, name(f"slowmo_{base}"), name(base), metric.name) for base in bases}
         parts = []
         for base in bases[1:]:
-            more, other = gains[bases[0]].align(gains[base], join="inner")
-            more = more - other
-            parts.append((f"over {base}", more.mean(), interval(more), 0, math.inf, f"{local}, {name(f'slowmo_{base}')}, their bases"))
-        yield "the gain in accuracy is largest for Local SGD", parts
-    others = [(value, run) for value, run in sweep(data, "alpha") if run != slow]
-    yield "α = 1 is best", [
-        paired(f"α = 1 over {value:g}", slow, run, metric.name, 0, math.inf) for value, run in others]  # fmt: skip
-    yield "τ is not monotone for SGP with SlowMo", list(turns(data, runs, metric))
-    yield f"larger τ than 12 hurts {'Local Adam' if text else 'Local SGD'} with SlowMo", [
-        paired("τ = 48 over 12", varied(local, "tau", 48), varied(local, "tau", 12), metric.name, -math.inf, 0)]  # fmt: skip
-    longest, run = sweep(data, "tau")[-1]
-    yield f"τ = {longest} still beats SGP alone", [
-        paired(f"τ = {longest} over SGP", run, name("sgp"), metric.name, 0, math.inf)]  # fmt: skip
-    reduce, little = name("ar_adam" if text else "ar_sgd"), 0.2 if text else margin
-    yield f"AllReduce gains nothing from SlowMo (no more than {little:g})", [
-        paired("β = 0.4", f"{reduce},outer=slowmo,outer.beta=0.4", reduce, metric.name, -math.inf, little)]  # fmt: skip
+            terms = (1, local), (-1, name(bases[0])), (-1, name(f"slowmo_{base}")), (1, name(base))
+            parts.append(Part(f"over {base}", terms, LAST.name, 0, math.inf))
+        yield Claim("the gain in accuracy is largest for Local SGD", quality_kind, tuple(parts))
+    if SMALL.get(data, data).startswith("cifar10"):  # on ImageNet the paper has AllReduce ahead
+        yield Claim("AR-SGD is behind SGP in accuracy", quality_kind, (better("SGP over AR-SGD", name("sgp"), reduce, LAST),))
+    if not SMALL.get(data, data).startswith("imagenet"):
+        yield Claim(f"SGP with SlowMo is ahead of {LABELS['ar_adam' if text else 'ar_sgd']} in {word}", quality_kind,
+                    (better("SGP + SlowMo over AllReduce", slow, reduce, quality),))  # fmt: skip
+    near = NLL[True][1] if text else main
+    yield Claim(f"noaverage matches SGP with SlowMo (within {within(near)})", SECONDARY,
+                (same("noaverage", name("sgp_noaverage"), slow, near),))  # fmt: skip
+    if not text:
+        yield Claim("SlowMo is ahead of double-averaging", SECONDARY, tuple(
+            better(base, name(f"slowmo_{base}"), name(f"double_averaging_{base}")) for base in ("sgp", "local_sgd")))  # fmt: skip
+    yield Claim("α = 1 is best", SECONDARY, tuple(
+        better(f"α = 1 over {value:g}", slow, run) for value, run in sweep(data, "alpha") if run != slow))  # fmt: skip
+    steps = sweep(data, "tau")
+    yield Claim("τ is not monotone for SGP with SlowMo", SECONDARY, tuple(
+        better(f"τ = {high} over {low}", more, less) for (low, less), (high, more) in itertools.pairwise(steps)), turns=True)  # fmt: skip
+    yield Claim(f"larger τ than 12 hurts {LABELS[bases[0]]} with SlowMo", SECONDARY,
+                (better("τ = 12 over 48", varied(local, "tau", 12), varied(local, "tau", 48)),))  # fmt: skip
+    longest, run = steps[-1]
+    yield Claim(f"τ = {longest} still beats SGP alone", SECONDARY, (better(f"τ = {longest} over SGP", run, name("sgp")),))
+    yield Claim(f"AllReduce gains nothing from SlowMo (within {within(main)})", SECONDARY,
+                (same("β = 0.4", f"{reduce},outer=slowmo,outer.beta=0.4", reduce, main),))  # fmt: skip
 
 
-def turns(data: str, runs: Runs, metric):
-    """Not monotone: among the τ some larger one is better than a smaller, and some larger one worse. Two parts, each the clearest pair."""
-    slow = f"{data}_slowmo_sgp"
-    pairs = list(itertools.combinations(sweep(data, "tau"), 2))
-    for word, sign in (("better", 1), ("worse", -1)):
-        best = None
-        for (low, less), (high, more) in pairs:
-            changes = sign * change(runs, more, less, metric.name)
-            # clearest: furthest from zero in units of its interval, which many pairs make wider (Bonferroni)
-            half = interval(changes, 1 - 0.05 / len(pairs))
-            score = changes.mean() / half if half else -math.inf
-            if len(changes) > 1 and (best is None or score > best[0]):
-                best = score, (f"τ = {high} {word} than {low}", changes.mean(), half, 0, math.inf, f"{slow} at τ = {low}, {high}")
-        yield best[1] if best else (f"a larger τ {word}", math.nan, math.nan, 0, math.inf, "none")
+def within(metric) -> str:
+    """A margin in words."""
+    if metric is LOSS_LAST:
+        return "a tenth of the training loss"
+    return f"{MARGINS[metric.name]:g} of {metric.title.removesuffix(', last')}"
 
 
-def judge(parts) -> tuple[str, str, str]:
-    """(verdict, evidence, runs) from a claim's parts."""
-    verdicts, said = [], []
-    for what, mean, half, least, most, _ in parts:
-        low, high = mean - half, mean + half
-        if math.isnan(low):
-            verdicts.append(OPEN)
-        else:
-            verdicts.append(SUPPORTED if least < low and high < most else CONTRADICTED if high < least or low > most else OPEN)
-        said.append(f"{what} {mean:+.3g} ± {half:.2g}" if not math.isnan(low) else f"{what}: fewer than two pairs")
-    if not parts:
-        return OPEN, "no runs", ""
-    verdict = CONTRADICTED if CONTRADICTED in verdicts else OPEN if OPEN in verdicts else SUPPORTED
-    return verdict, "; ".join(said).replace("-", "−"), "; ".join(part[-1] for part in parts)
+def judge(parts, level: float = inference.LEVEL) -> tuple[str, str, str]:
+    """(verdict, evidence, runs) of a claim that does not rest on seeds and looks. parts: (what, values, low, high, source)."""
+    p, said = [], []
+    for what, values, low, high, _ in parts:
+        if len(values) < 2:
+            return NOT_RUN, f"{what}: fewer than two measurements", ""
+        e = inference.Estimate(float(values.mean()), float(values.std()), len(values), len(values) - 1)
+        p.append((e.within(low, high), e.outside(low, high)))
+        said.append(f"{what} {shown(e, '')}")
+    support, against = max(one for one, _ in p), len(p) * min(other for _, other in p)
+    verdict = SUPPORTED if support < level else CONTRADICTED if against < level else UNDECIDED
+    return verdict, "; ".join(said), "; ".join(part[-1] for part in parts)
 
 
 def computed() -> pd.DataFrame:
@@ -208,11 +320,12 @@ def computed() -> pd.DataFrame:
             np.savez(problem, A=A[:workers], b=b[:workers], x0=x0)
             finals = quadratic(problem, Path(folder) / f"runs{len(lines)}", workers, steps, lr, *words, f"outer.tau={tau}")
             if len(finals) != 1:
-                lines.append((claim, "quadratic", OPEN, "run.py gave no iterates", ""))
+                lines.append((claim, "quadratic", COMPUTED, NOT_RUN, "run.py gave no iterates", ""))
                 continue
             gap = float(np.abs(np.load(finals[0] / "final.npz")["mean"] - method(A[:workers], b[:workers])).max())
             verdict = SUPPORTED if gap < 1e-12 else CONTRADICTED
-            lines.append((claim, "quadratic", verdict, f"by computation: iterates differ by at most {gap:.1e} after {steps} steps",
+            said = f"by computation: iterates differ by at most {gap:.1e} after {steps} steps"
+            lines.append((claim, "quadratic", COMPUTED, verdict, said,
                           f"run.py task=quadratic workers={workers} {' '.join(words)} outer.tau={tau}"))  # fmt: skip
     return pd.DataFrame(lines, columns=COLUMNS)
 
@@ -238,10 +351,8 @@ def speedup() -> pd.DataFrame:
     points = pd.DataFrame(points, columns=["seed", "m", "error"])
     slopes = points.groupby("seed")[["m", "error"]].apply(lambda part: np.polyfit(part["m"], part["error"], 1)[0])
     what = f"slope of log ‖∇f‖² in log m, m = 1 to 16, τ = {tau}, {steps} steps"
-    parts = [
-        (what, slopes.mean(), interval(slopes), -0.6, -0.4, f"run.py task=quadratic task.noise=1.0, seeds {', '.join(map(str, seeds))}")
-    ]
-    return pd.DataFrame([(claim, "quadratic", *judge(parts))], columns=COLUMNS)
+    parts = [(what, slopes, -0.6, -0.4, f"run.py task=quadratic task.noise=1.0, seeds {', '.join(map(str, seeds))}")]
+    return pd.DataFrame([(claim, "quadratic", COMPUTED, *judge(parts))], columns=COLUMNS)
 
 
 def quadratic(problem: Path, runs: Path, workers: int, steps: int, lr: float, *words: str, seeds=(1,)) -> list[Path]:

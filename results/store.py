@@ -20,7 +20,7 @@ COLUMNS = {
         *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_worker_min", "_worker_max")),
     ],
     "trials": ["experiment", "lr", "beta", "length", "seed", "status", "best_metric", "train_loss_best", "chosen", "commit"],  # of tuning
-    "claims": ["claim", "data", "verdict", "evidence", "runs"],
+    "claims": ["claim", "data", "kind", "verdict", "evidence", "runs"],
     "links": [*NETWORK, "emulated", "bytes", "row", "round", "milliseconds", "commit", "machine"],  # python -m benchmarks.table2
     "benchmarks": ["what", "against", "where", "aim", "ratio", "low", "high", "rounds", "commit", "machine"],  # python -m benchmarks
     "scaling": ["what", "m", "d", "value", "commit", "machine"],  # python -m benchmarks.scaling

@@ -20,6 +20,7 @@ PAPER = PUBLISHED.folder / "paper.yaml"
 CONFIGS = PUBLISHED.folder.parent / "configs"
 SMALL = {"cifar10_small": "cifar10", "imagenet_small": "imagenet", "wmt16_small": "wmt16"}  # stand-in -> the data it stands for
 TEXT = ("wmt16", "wmt16_small")  # translations; the others are pictures
+LOSS_TIERS = ("cifar10_small_loss",)  # data sets that are there for their training losses
 TITLES = {
     "cifar10": "CIFAR-10, ResNet-18", "imagenet": "ImageNet, ResNet-50", "wmt16": "WMT16 En-De, transformer (big)",
     "cifar10_small": "photo patches, ResNet-8 (CIFAR-10 in small)", "imagenet_small": "writing systems, small ResNet (ImageNet in small)",
@@ -75,6 +76,7 @@ class Metric:
 
 
 LOSS, ACCURACY = Metric("train_loss_best", "training loss, best", 3, False), Metric("accuracy_best", "accuracy, best", 2)
+LOSS_LAST = Metric("train_loss_last", "training loss, last", 3, False)
 LAST = Metric("accuracy_last", "accuracy, last", 2)
 BLEU, BLEU_TEST = Metric("bleu_valid", "BLEU, validation", 2), Metric("bleu_test", "BLEU, test", 2)
 NLL = {
