@@ -71,13 +71,23 @@ def on_runs(runs: Runs) -> pd.DataFrame:
     """The claims that runs decide: a line for each, and each data set."""
     lines = []
     for data in TITLES:
-        made = [(claim, Judgement(claim, runs, data)) for claim in claims(data)]
-        held = iter(inference.holm([found.p for claim, found in made if claim.kind == PRIMARY and found.p is not None]))
-        for claim, found in made:
-            level = next(held) if claim.kind == PRIMARY and found.p is not None else inference.NOMINAL
+        for claim, found, level in judgements(data, runs):
             sources = "; ".join(part.runs for part in claim.parts)
             lines.append((claim.text, data, claim.kind, found.verdict(level), found.evidence(level), sources))
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def verdicts(data: str, runs: Runs) -> dict[str, str]:
+    """Of each claim on one data set."""
+    return {claim.text: found.verdict(level) for claim, found, level in judgements(data, runs)}
+
+
+def judgements(data: str, runs: Runs) -> list:
+    """(claim, judgement, the level that it is held to): Holm's for primary claims that have reached a look."""
+    made = [(claim, Judgement(claim, runs, data)) for claim in claims(data)]
+    held = iter(inference.holm([found.p for claim, found in made if claim.kind == PRIMARY and found.p is not None]))
+    primary = lambda claim, found: claim.kind == PRIMARY and found.p is not None
+    return [(claim, found, next(held) if primary(claim, found) else inference.NOMINAL) for claim, found in made]
 
 
 class Judgement:

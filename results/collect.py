@@ -107,6 +107,7 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     for name in METRICS:
         line[f"{name}_best"] = result["best"].get(name, {}).get("value")
         line[f"{name}_last"] = (result["last"] or {}).get(name) if result["status"] == "done" else None
+    line["accuracy_error"] = result.get("cells", {}).get("accuracy_error")  # of the last accuracy, over the cells that patches come from
     for subset, facts in result.get("bleu", {}).items():
         line |= {f"bleu_{subset}": facts["bleu"], "bleu_signature": facts["signature"]}
     return line, [row for row in rows if not row.get("diverged")]

@@ -13,13 +13,15 @@ COLUMNS = {
     "runs": [  # a line a run
         "run", "seed", "experiment", "status", "step", "data", "workers", "processes", "device", "threads", "seconds_per_iteration",
         "clock", *(f"{name}_{when}" for name in METRICS for when in ("best", "last")),
-        "bleu_valid", "bleu_test", "bleu_signature", "commit", "torch",
+        "accuracy_error", "bleu_valid", "bleu_test", "bleu_signature", "commit", "torch",
     ],
     "curves": [  # a line an evaluation
         *KEY, "step", "epoch", "seconds", "train_loss", "consensus_distance",
         *(f"{name}{band}" for name in ("nll", "nll_base2", "accuracy") for band in ("", "_worker_min", "_worker_max")),
     ],
-    "trials": ["experiment", "lr", "beta", "length", "seed", "status", "best_metric", "train_loss_best", "chosen", "commit"],  # of tuning
+    "trials": [  # of tuning
+        "experiment", "lr", "beta", "seed", "length", "status", "metric", "value", "train_loss_last", "chosen", "commit",
+    ],
     "claims": ["claim", "data", "kind", "verdict", "evidence", "runs"],
     "links": [*NETWORK, "emulated", "bytes", "row", "round", "milliseconds", "commit", "machine"],  # python -m benchmarks.table2
     "benchmarks": ["what", "against", "where", "aim", "ratio", "low", "high", "rounds", "commit", "machine"],  # python -m benchmarks

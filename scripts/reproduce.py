@@ -4,11 +4,17 @@
     python scripts/reproduce.py table1 table2 fig3 ablations --data cifar10_small --dry-run
     python scripts/reproduce.py table1 --data paper --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
 
+    python scripts/reproduce.py looks --data cifar10_small_loss --most 20 --publish
+
+`looks` runs the cells of primary claims to the first look of results/protocol.md, then those of a claim that is undecided to the next one,
+up to --most seeds. With --publish each run that ends is put into results/data/, which is committed.
+
 What follows `--` goes to every run. A run that fails is named and the others go on; asking again takes up what is missing or was
-stopped. Done is what stands in runs/: in a fresh clone everything is missing. The end is in results/mine/, beside the published numbers.
+stopped. Done is what stands in runs/: in a fresh clone everything is missing. Without --publish the end is in results/mine/.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import threading
@@ -21,10 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).parent.parent
+stopping = threading.Event()  # Ctrl-C came
 sys.path.insert(0, str(ROOT))
 
-from results import collect, tables  # noqa: E402
-from results.store import PUBLISHED, Runs  # noqa: E402
+from results import claims, collect, tables  # noqa: E402
+from results.inference import LOOKS  # noqa: E402
+from results.store import MINE, PUBLISHED, Runs  # noqa: E402
 from results.tables import SMALL, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
@@ -34,9 +42,11 @@ DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=TABLES)
+    parser.add_argument("what", nargs="+", choices=(*TABLES, "looks"))
     parser.add_argument("--data", choices=DATA, default="cifar10_small")
     parser.add_argument("--seeds", help="as in 1,2,3; by default as many as the table wants")
+    parser.add_argument("--most", type=int, default=LOOKS[-1], help="seeds of a cell at which `looks` ends")
+    parser.add_argument("--publish", action="store_true", help="put what ends into what is committed")
     parser.add_argument("--launcher", default="inprocess", help="launch=... of each run: inprocess, local, slurm, slurm_dgx1")
     parser.add_argument("--jobs", type=int, help="runs at once; by default 2, on a cluster all")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -49,14 +59,25 @@ def main() -> int:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
     except ValueError:
         parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
-    jobs = wanted(options.what, DATA[options.data], seeds)
-    done, paces = known()
-    missing = [job for job in jobs if job not in done]
-    show(jobs, missing, paces)
+    data, failed, code = DATA[options.data], [], 0
+    if not options.launcher.startswith("slurm"):
+        os.nice(10)  # hours in the background of other work
+    tables_wanted = [key for key in options.what if key != "looks"]
+    jobs = wanted(tables_wanted, data, seeds) if tables_wanted else []
+    while True:
+        done, paces = known()
+        jobs += [job for job in next_look(data, PUBLISHED if options.publish else MINE, options.most) if "looks" in options.what]
+        jobs = [*dict.fromkeys(jobs)]
+        missing = [job for job in jobs if job not in done and job not in dict(failed)]
+        show(jobs, missing, paces)
+        if options.dry_run or not missing:
+            break
+        failed += run_all(missing, options, extra)
+        if "looks" not in options.what or stopping.is_set():
+            break
     if options.dry_run:
         return 0
-    failed = run_all(missing, options, extra) if missing else []
-    code = subprocess.run([sys.executable, "-m", "results", "all"], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, "-m", "results", "all", *publish(options)], cwd=ROOT).returncode
     for job, words in failed:
         print(f"failed: {' '.join(command(job))}: {words}", file=sys.stderr)
     return 1 if failed else code
@@ -69,6 +90,26 @@ def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> l
         sys.exit("no such table for these data")
     of_table = [(seed, run) for table in chosen for seed in seeds or range(1, table.seeds + 1) for _, run, _ in table.rows]
     return [(run, seed) for seed, run in sorted(dict.fromkeys(of_table), key=lambda pair: pair[0])]
+
+
+def next_look(data: tuple[str, ...], store, most: int) -> list[tuple[str, int]]:
+    """(run, seed) up to the next look of the cells of primary claims: those that are undecided, before the first look all."""
+    jobs, runs = set(), Runs(store) if store.has("runs") else None
+    for name in data:
+        verdicts = claims.verdicts(name, runs) if runs else {}
+        for claim in (claim for claim in claims.claims(name) if claim.kind == claims.PRIMARY):
+            parts = [(run, part.metric) for part in claim.parts for _, run in part.terms]
+            cells = [claims.seeds_of(runs, *part) for part in parts] if runs else []
+            have = min(map(len, cells), default=0)
+            diverged = any((cell["status"] == "diverged").any() for cell in cells)  # more seeds will not change that
+            if have < LOOKS[0] or (verdicts[claim.text] == claims.UNDECIDED and not diverged):
+                look = min(most, next((look for look in LOOKS if look > have), most))
+                jobs |= {(seed, run) for run, _ in parts for seed in range(1, look + 1)}
+    return [(run, seed) for seed, run in sorted(jobs)]
+
+
+def publish(options) -> list[str]:
+    return ["--publish"] if options.publish else []
 
 
 def known() -> tuple[set, dict]:
@@ -125,7 +166,7 @@ def run_all(missing, options, extra) -> list:
     """Run them, so many at once; (job, last words) of those that failed. Ctrl-C: each saves and stops, nothing new starts."""
     cluster = options.launcher.startswith("slurm")
     words = [f"launch={options.launcher}", *(["launch.wait=true"] if cluster else []), *extra]
-    failed, children, stopping = [], set(), threading.Event()
+    failed, children, collecting = [], set(), threading.Lock()
     live = Console().is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
@@ -142,6 +183,8 @@ def run_all(missing, options, extra) -> list:
         last = (said.strip().splitlines() or ["no words"])[-1]
         if child.returncode:
             failed.append((job, last))
+        with collecting:  # what ended is kept, whatever comes
+            subprocess.run([sys.executable, "-m", "results", "collect", *publish(options)], cwd=ROOT, capture_output=True)
         progress.advance(task)
         if not live or child.returncode:
             state = f"ended with {child.returncode}: {last}" if child.returncode else "done"

@@ -1,15 +1,20 @@
-"""Tuning as the paper did: for each base the peak learning rate, then β of SlowMo over it, each the best of a stated grid.
+"""Tuning by results/protocol.md: for each base the peak learning rate, then β of SlowMo over it at that rate.
 
-    python scripts/tune.py cifar10_small               every base; trials that results/mine/data/trials.csv already holds are not run again
-    python scripts/tune.py cifar10 --epochs 200 --seed 0 --launcher slurm
+    python scripts/tune.py cifar10_small_loss --publish          every base; trials that are listed already are not run again
+    python scripts/tune.py cifar10 --seeds 0 --launcher slurm -- data.root=FOLDER
 
-A grid is run by Hydra's own sweeper (`run.py -m optimizer.lr=0.1,0.3,0.9`). The grid of rates grows by 3 while the best lies at its edge.
-The best has the highest validation accuracy (for translation the lowest NLL) on a seed that no table uses; a run that diverged is never
-the best. All trials, the chosen ones marked, go to results/mine/data/trials.csv, with --publish to results/data/; the experiments' files
-are changed by hand, and a test compares them with what is published.
+Rates go by factors of √3. A grid grows while its best lies at its edge. A trial has its experiment's own length, a seed that no table uses
+and, where there are such, pictures that are for tuning alone. The best has the best mean over seeds of the last value: of the training
+loss on a tier that is there for it, of the NLL for translation, else of the accuracy. A rate at which a seed diverged is never the best.
+Stopped, the same command goes on. What follows `--` goes to every trial.
+
+Trials, the chosen ones marked, go to results/mine/data/trials.csv; with --publish to results/data/, and what was chosen into
+configs/experiment: commit both before anything counts.
 """
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,117 +28,161 @@ sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
 from results.store import COLUMNS as LISTS  # noqa: E402
-from results.store import MINE, PUBLISHED  # noqa: E402
-from results.tables import TEXT, table1  # noqa: E402
+from results.store import MINE, PUBLISHED, save  # noqa: E402
+from results.tables import LOSS_TIERS, SMALL, TEXT, table1  # noqa: E402
 
-RATES = {True: [0.001, 0.002, 0.004], False: [0.1, 0.3, 0.9]}
-BETAS = [0.4, 0.6, 0.8]
+RATES = {number: float(f"{0.1 * 3 ** (number / 2):.2g}") for number in range(-8, 9)}  # 0.1, 0.17, 0.3, ...
+TEXT_RATES = {number: float(f"{0.001 * 3 ** (number / 2):.2g}") for number in range(-4, 7)}
+BETAS = dict(enumerate([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]))
+START = {"lr": (0, 2), "beta": (2, 5)}  # the first grid, by number
+WITH_TUNING_PICTURES = ("cifar10_small", "cifar10_small_loss", "imagenet_small")
 COLUMNS = LISTS["trials"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=("cifar10_small", "imagenet_small", "wmt16_small", "cifar10", "imagenet", "wmt16"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="inner steps of a trial")
-    parser.add_argument("--epochs", type=float, help="instead of --steps")
+    parser.add_argument("data", choices=(*SMALL, *dict.fromkeys(SMALL.values())))
+    parser.add_argument("--seeds", default="0,-1")
     parser.add_argument("--launcher", default="inprocess", help="launch=... of each grid; a cluster runs a grid as one job array")
-    parser.add_argument("--jobs", type=int, default=2, help="grids at once")
-    parser.add_argument("--publish", action="store_true", help="take up and write results/data/trials.csv, which is committed")
-    options = parser.parse_args()
-    text = options.data in TEXT
-    tuner = Tuner(options, text)
+    parser.add_argument("--jobs", type=int, default=2, help="bases at once, a process each")
+    parser.add_argument("--publish", action="store_true", help="take up and write what is committed: trials.csv and configs/experiment")
+    arguments, extra = sys.argv[1:], []
+    if "--" in arguments:
+        extra = arguments[arguments.index("--") + 1 :]
+        arguments = arguments[: arguments.index("--")]
+    options = parser.parse_args(arguments)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 0,-1")
+    if not options.launcher.startswith("slurm"):
+        os.nice(10)  # hours in the background of other work
+    tuner = Tuner(options, seeds, extra)
     bases = [cell for cell in table1(options.data) if not cell.startswith("slowmo_")]
+    chosen, code = {}, 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for base, told in zip(bases, pool.map(tuner.base, bases)):
-            print(f"{base}: {told}", flush=True)
+        for base, future in [(base, pool.submit(tuner.base, base)) for base in bases]:
+            try:
+                chosen[base] = lr, beta = future.result()
+                print(f"{base}: lr {lr:g}" + (f", β of SlowMo {beta:g}" if beta is not None else ""), flush=True)
+            except RuntimeError as error:  # the other bases go on
+                print(f"{base}: {error}", file=sys.stderr, flush=True)
+                code = 1
+    if options.publish:
+        for base, (lr, beta) in chosen.items():
+            settle(options.data, base, lr, beta)
+    return code
 
 
 class Tuner:
-    def __init__(self, options, text: bool):
-        self.options, self.text = options, text
-        self.length = f"epochs={options.epochs:g}" if options.epochs else f"steps={options.steps}"
+    def __init__(self, options, seeds: list[int], extra: list[str]):
+        self.options, self.seeds, self.extra = options, seeds, extra
+        self.metric = "nll_base2_last" if options.data in TEXT else "train_loss_last" if options.data in LOSS_TIERS else "accuracy_last"
         self.store, self.lock = PUBLISHED if options.publish else MINE, threading.RLock()
         self.trials = self.store.find("trials")
 
-    def base(self, base: str) -> str:
-        """Tune a base, then SlowMo over it; what was chosen, in words."""
-        experiment, rates = f"{self.options.data}_{base}", list(RATES[self.text])
-        while True:
-            found = self.grid(experiment, [(rate, None) for rate in rates])
-            lr = self.best(found)["lr"]
-            if min(rates) < lr < max(rates):
-                break
-            rates.append(float(f"{lr * 3 if lr == max(rates) else lr / 3:.1g}"))
-        said = f"lr {lr:g}"
+    def base(self, base: str) -> tuple[float, float | None]:
+        """Tune a base, then SlowMo over it: (rate, β). RuntimeError where trials fail."""
+        experiment, rates = f"{self.options.data}_{base}", TEXT_RATES if self.options.data in TEXT else RATES
+        lr = rates[self.climb(START["lr"], rates, lambda numbers: self.scores(experiment, [(rates[n], None) for n in numbers]))]
         self.choose(experiment, lr, None)
-        if not base.startswith("ar_"):  # the paper has no cell of SlowMo over AllReduce
-            slow = f"{self.options.data}_slowmo_{base}"
-            beta = self.best(self.grid(slow, [(lr, beta) for beta in BETAS]))["beta"]
-            self.choose(slow, lr, beta)
-            said += f", β of SlowMo {beta:g}"
-        return said
+        if base.startswith("ar_"):  # the paper has no cell of SlowMo over AllReduce
+            return lr, None
+        slow = f"{self.options.data}_slowmo_{base}"
+        beta = BETAS[self.climb(START["beta"], BETAS, lambda numbers: self.scores(slow, [(lr, BETAS[n]) for n in numbers]))]
+        self.choose(slow, lr, beta)
+        return lr, beta
 
-    def grid(self, experiment: str, points: list) -> pd.DataFrame:
-        """The trials of these points; those not yet known are run, in one sweep."""
+    def climb(self, start: tuple[int, int], values: dict, scores) -> int:
+        """The number of the best value, from a grid that grows until it lies inside, or the values end. scores: more is better."""
+        low, high = start
+        while True:
+            numbers = range(low, high + 1)
+            found = dict(zip(numbers, scores(numbers)))
+            best = max(found, key=found.get)
+            if found[best] == -float("inf"):  # a seed of each diverged: smaller ones
+                best = low
+            if best == low and low - 1 in values:
+                low -= 1
+            elif best == high and high + 1 in values:
+                high += 1
+            elif found[best] == -float("inf"):
+                raise RuntimeError(f"every trial diverged, down to {values[low]:g}")
+            else:
+                return best
+
+    def scores(self, experiment: str, points: list) -> list[float]:
+        """Of each point (rate, β), after its trials; those not yet known are run, in one sweep."""
         self.gather(experiment)
-        missing = [point for point in points if not len(self.find(experiment, *point))]
+        missing = [point for point in points if len(self.find(experiment, *point)) < len(self.seeds)]
         if missing:
             rates, betas = (sorted({point[k] for point in missing if point[k] is not None}) for k in (0, 1))
-            words = [f"experiment={experiment}", f"optimizer.lr={','.join(map(str, rates))}", self.length, f"seed={self.options.seed}",
+            words = [f"experiment={experiment}", f"optimizer.lr={','.join(map(str, rates))}", f"seed={','.join(map(str, self.seeds))}",
                      "runs=trials", f"launch={self.options.launcher}"]  # fmt: skip
             words += [f"outer.beta={','.join(map(str, betas))}"] if betas else []
+            words += ["data.heldout=tuning"] if self.options.data in WITH_TUNING_PICTURES else []
             words += ["launch.wait=true"] if self.options.launcher.startswith("slurm") else []
-            done = subprocess.run([sys.executable, "run.py", "-m", *words], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "run.py", "-m", *words, *self.extra], cwd=ROOT, capture_output=True, text=True)
             if done.returncode not in (0, 3):  # 3: a trial diverged, which is an answer
-                sys.exit(f"run.py -m {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+                raise RuntimeError(f"run.py -m {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
             self.gather(experiment)
-        found = pd.concat([self.find(experiment, *point) for point in points])
-        if len(found) < len(points):
-            sys.exit(
-                f"{experiment}: {len(points) - len(found)} of {len(points)} trials ended without a result, see trials/: run this again"
-            )
-        return found
+        return [self.score(self.find(experiment, *point), point) for point in points]
+
+    def score(self, found: pd.DataFrame, point) -> float:
+        if len(found) < len(self.seeds):
+            raise RuntimeError(f"{len(self.seeds) - len(found)} trials at {point} ended without a result, see trials/: run this again")
+        if (found["status"] != "done").any():
+            return -float("inf")
+        return float(found["value"].mean()) * (1 if self.metric == "accuracy_last" else -1)
 
     def gather(self, experiment: str) -> None:
-        """Put this experiment's finished trials into trials.csv."""
-        metric = "nll_base2_best" if self.text else "accuracy_best"
+        """Put this experiment's finished trials into the list."""
         lines = []
-        for path in sorted((ROOT / "trials").glob(f"{experiment}[,]*/seed{self.options.seed}/result.json")):
+        for path in sorted((ROOT / "trials").glob(f"{experiment}[,]*/seed*/result.json")):
             line, _ = collect.read(path.parent)
             config = collect.config(path.parent)
             length = f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"
-            beta = config["outer"].get("beta")
-            lines.append((experiment, config["optimizer"]["lr"], beta, length, line["seed"], line["status"],
-                          line[metric] if line["status"] == "done" else None, line["train_loss_best"], False, line["commit"]))  # fmt: skip
+            lines.append((experiment, config["optimizer"]["lr"], config["outer"].get("beta"), line["seed"], length, line["status"],
+                          self.metric, line[self.metric], line["train_loss_last"], False, line["commit"]))  # fmt: skip
         lines = pd.DataFrame(lines, columns=COLUMNS)
         with self.lock:
             parts = [part for part in (self.trials, lines) if len(part)]
             if parts:
-                self.trials = pd.concat(parts).drop_duplicates(COLUMNS[:5], keep="first").reset_index(drop=True)
+                self.trials = pd.concat(parts).drop_duplicates(COLUMNS[:4], keep="first").reset_index(drop=True)
                 self.save()
 
     def find(self, experiment: str, lr: float, beta: float | None) -> pd.DataFrame:
         t = self.trials
-        same = (t["experiment"] == experiment) & (t["lr"] == lr) & (t["length"] == self.length) & (t["seed"] == self.options.seed)
+        same = (t["experiment"] == experiment) & (t["lr"] == lr) & t["seed"].isin(self.seeds)
         return t[same & (t["beta"].isna() if beta is None else t["beta"] == beta)]
-
-    def best(self, found: pd.DataFrame) -> pd.Series:
-        done = found[found["status"] == "done"]
-        if done.empty:
-            sys.exit(f"{found['experiment'].iloc[0]}: every trial diverged: give smaller rates in scripts/tune.py's RATES")
-        return done.loc[done["best_metric"].idxmin() if self.text else done["best_metric"].idxmax()]
 
     def choose(self, experiment: str, lr: float, beta: float | None) -> None:
         with self.lock:
-            t = self.trials
-            t.loc[(t["experiment"] == experiment) & (t["length"] == self.length) & (t["seed"] == self.options.seed), "chosen"] = False
-            t.loc[self.find(experiment, lr, beta).index, "chosen"] = True
+            self.trials.loc[self.trials["experiment"] == experiment, "chosen"] = False
+            self.trials.loc[self.find(experiment, lr, beta).index, "chosen"] = True
             self.save()
 
     def save(self) -> None:
-        self.store.write("trials", self.trials.sort_values(COLUMNS[:3], kind="stable"))
+        self.store.write("trials", self.trials.sort_values(COLUMNS[:4], kind="stable"))
+
+
+def settle(data: str, base: str, lr: float, beta: float | None) -> None:
+    """Write what was chosen into the experiments of this base: it, SlowMo over it, noaverage, double-averaging."""
+    slow = [f"slowmo_{base}", *(["sgp_noaverage"] if base == "sgp" else [])]
+    for cell in (base, *slow, f"double_averaging_{base}"):
+        path = ROOT / f"configs/experiment/{data}_{cell}.yaml"
+        if path.exists():
+            text = written(path.read_text(), "optimizer", "lr", lr)
+            save(path, written(text, "outer", "beta", beta) if cell in slow and beta is not None else text)
+
+
+def written(text: str, node: str, key: str, value: float) -> str:
+    """An experiment's file with `node: {key: value}`, whatever stood there."""
+    text, changed = re.subn(rf"^({node}: {{(?:[^}}]*, )?{key}: )[^,}}]+", rf"\g<1>{value:g}", text, flags=re.MULTILINE)
+    if not changed:
+        text, changed = re.subn(rf"^{node}: {{", f"{node}: {{{key}: {value:g}, ", text, flags=re.MULTILINE)
+    return text if changed else re.sub(r"^target:", f"{node}: {{{key}: {value:g}}}\ntarget:", text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -216,11 +216,12 @@ def _best(rows: list[dict]) -> dict:
 
 
 def commit() -> str | None:
-    """The repository's commit, with `+` when tracked files differ from it; None outside a repository."""
+    """The repository's commit, with `+` when tracked files differ from it, lists of results apart; None outside a repository."""
     root = Path(__file__).parents[2]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True).stdout
+        tracked = ["git", "status", "--porcelain", "-uno", ":(exclude)results/data"]
+        dirty = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + "+" * bool(dirty.strip())

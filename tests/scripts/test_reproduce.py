@@ -1,13 +1,17 @@
 """Filling tables: what is missing is planned and run, failures are survived, the end is collected. Tuning: what it chooses and keeps."""
 
 import importlib.util
+import itertools
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from commands import command
 from listed import lines, written
 
@@ -124,23 +128,111 @@ def test_nonsense_is_refused(script):
     assert "invalid choice" in script("reproduce", "table7")[2]
 
 
+def trial(folder, experiment, value, seed, status="done", **config):
+    ended(folder / f"trials/{experiment},{len(list(folder.glob('trials/*')))}/seed{seed}", experiment, value, seed, status, **config)
+
+
+def tuned(checkout, best, diverged=()):
+    """Trials of both seeds on the first grids and, where the best lies at an edge, beyond: accuracy falls with the distance to the best."""
+    rates = [0.033, 0.058, 0.1, 0.17, 0.3, 0.52]
+    for base, (lr, beta) in best.items():
+        for rate in rates:
+            for seed, luck in ((0, 0.4), (-1, -0.4)):  # the seeds agree in the mean
+                status = "diverged" if (base, rate) in diverged and seed else "done"
+                value = 60 - abs(rates.index(rate) - rates.index(lr)) + luck
+                trial(checkout, f"cifar10_small_{base}", 99.0 if (base, rate) in diverged else value, seed, status, optimizer={"lr": rate})
+        for other in (0.2, 0.4, 0.6, 0.8, 0.9, 0.95) if beta else ():
+            for seed in (0, -1):
+                trial(checkout, f"cifar10_small_slowmo_{base}", 61 - abs(other - beta), seed, optimizer={"lr": lr}, outer={"beta": other})
+
+
+BEST = {"local_sgd": (0.1, 0.9), "osgp": (0.17, 0.6), "sgp": (0.3, 0.4), "ar_sgd": (0.3, None)}
+
+
 def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
-    """From trials that ran before: nothing is run again, and a run that diverged is never chosen."""
-    before = (checkout / "results/data/trials.csv").read_bytes()
+    """From trials that ran before: nothing is run again, grids grow at their edges, and a rate at which a seed diverged is never chosen."""
+    before = {path: path.read_bytes() for path in (checkout / "configs").rglob("*.yaml")}
+    published = (checkout / "results/data/trials.csv").read_bytes()
     shutil.rmtree(checkout / "trials", ignore_errors=True)
-    accuracy = {("local_sgd", lr): value for lr, value in ((0.03, 50.0), (0.1, 55.0), (0.3, 52.0), (0.9, 99.0))}
-    accuracy |= {(base, lr): 60 - abs(lr - 0.3) for base in ("osgp", "sgp", "ar_sgd") for lr in (0.1, 0.3, 0.9)}
-    trials = [(f"cifar10_small_{base}", lr, None, value) for (base, lr), value in accuracy.items()]
-    for base, lr in (("local_sgd", 0.1), ("osgp", 0.3), ("sgp", 0.3)):
-        trials += [(f"cifar10_small_slowmo_{base}", lr, beta, 61.0 + beta) for beta in (0.4, 0.6, 0.8)]
-    for k, (experiment, lr, beta, value) in enumerate(trials):
-        ended(checkout / f"trials/{experiment},{k}/seed0", experiment, value, 0, "diverged" if value == 99.0 else "done",
-              optimizer={"lr": lr}, outer={} if beta is None else {"beta": beta})  # fmt: skip
+    tuned(checkout, BEST, diverged=[("ar_sgd", 0.52)])
     code, out, err = script("tune", "cifar10_small")
     assert not code, err
-    assert "local_sgd: lr 0.1, β of SlowMo 0.8" in out and "ar_sgd: lr 0.3\n" in out
+    assert "local_sgd: lr 0.1, β of SlowMo 0.9" in out and "osgp: lr 0.17, β of SlowMo 0.6" in out and "ar_sgd: lr 0.3\n" in out
     path = checkout / "results/mine/data/trials.csv"
     listed, text = pd.read_csv(path), path.read_text()
-    assert len(listed) == len(trials) and listed[listed["chosen"]].groupby("experiment").size().tolist() == [1] * 7
+    assert len(listed) == len(list(checkout.glob("trials/*/*/result.json")))
+    assert listed[listed["chosen"]].groupby("experiment").size().tolist() == [2] * 7 and set(listed["metric"]) == {"accuracy_last"}
     assert not script("tune", "cifar10_small")[0] and path.read_text() == text
-    assert (checkout / "results/data/trials.csv").read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before and (checkout / "results/data/trials.csv").read_bytes() == published
+
+
+def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
+    tuned(checkout, BEST)
+    assert not script("tune", "cifar10_small", "--publish")[0]
+
+    def config(cell):
+        return yaml.safe_load((checkout / f"configs/experiment/cifar10_small_{cell}.yaml").read_text())
+
+    for cell in ("sgp", "slowmo_sgp", "sgp_noaverage", "double_averaging_sgp"):
+        assert config(cell)["optimizer"] == {"lr": 0.3}, cell
+    assert config("slowmo_sgp")["outer"] == {"beta": 0.4} and config("sgp_noaverage")["outer"] == {"beta": 0.4, "exact": False}
+    assert config("slowmo_local_sgd")["outer"] == {"beta": 0.9} and config("double_averaging_local_sgd")["optimizer"] == {"lr": 0.1}
+    assert len(pd.read_csv(checkout / "results/data/trials.csv")) == len(list(checkout.glob("trials/*/*/result.json")))
+
+
+def test_a_rate_is_put_into_any_experiment_s_file():
+    tune = loaded("tune", ROOT)
+    assert tune.written("optimizer: {lr: 0.3} # a\n", "optimizer", "lr", 0.17) == "optimizer: {lr: 0.17} # a\n"
+    assert tune.written("outer: {tau: 12, beta: 0.6}\n", "outer", "beta", 0.8) == "outer: {tau: 12, beta: 0.8}\n"
+    assert tune.written("outer: {tau: 48}\n", "outer", "beta", 0.8) == "outer: {beta: 0.8, tau: 48}\n"
+    assert tune.written("x: 1\ntarget: {}\n", "optimizer", "lr", 0.001) == "x: 1\noptimizer: {lr: 0.001}\ntarget: {}\n"
+    assert [tune.RATES[n] for n in (-2, -1, 0, 1, 2)] == [0.033, 0.058, 0.1, 0.17, 0.3]
+
+
+def test_trials_are_run_on_pictures_of_their_own_and_one_that_fails_stops_its_base_alone(checkout, script, monkeypatch):
+    """What is asked of run.py; Local SGD's trials fail, the others leave what they should."""
+    asked = []
+
+    def run(words, **_):
+        asked.append(words)
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        experiment, rates, betas = facts["experiment"], facts["optimizer.lr"].split(","), facts.get("outer.beta", "").split(",")
+        if experiment.endswith("local_sgd"):
+            return subprocess.CompletedProcess(words, 2, "", "error: no disk")
+        for rate, beta, seed in itertools.product(rates, betas, facts["seed"].split(",")):
+            value = 60 - abs(float(rate) - 0.17) - abs(float(beta or 0.6) - 0.6)
+            trial(checkout, experiment, value, int(seed), optimizer={"lr": float(rate)}, outer={"beta": float(beta)} if beta else {})
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    code, out, err = script("tune", "cifar10_small", "--", "data.root=there")
+    assert code == 1 and "local_sgd: run.py -m" in err and "no disk" in err
+    assert "sgp: lr 0.17, β of SlowMo 0.6" in out and "ar_sgd: lr 0.17\n" in out
+    assert all({"data.heldout=tuning", "data.root=there", "seed=0,-1", "runs=trials"} <= set(words) for words in asked)
+    assert not any(word.startswith(("steps=", "epochs=")) for words in asked for word in words)  # full length
+
+
+def test_looks_go_on_where_a_claim_is_undecided(checkout):
+    """To the first look everywhere; then Local SGD's clear gain needs no more seeds, SGP's does."""
+    reproduce = loaded("reproduce", checkout)
+    cells = ("local_sgd", "osgp", "sgp")
+
+    def look(seeds, most=40, status="done"):
+        noise = 3 * np.resize([0.0, 1.0, -1.0, 0.5, -0.5], seeds)
+        runs = [lines(f"cifar10_small_loss_{cell}", np.exp(noise), "train_loss_last") for cell in cells]
+        gains = (-5.0, -5.0, np.resize([1.0, -1.0, 0.3, -0.2, 0.1], seeds))
+        runs += [lines(f"cifar10_small_loss_slowmo_{cell}", np.exp(noise + gain), "train_loss_last") for cell, gain in zip(cells, gains)]
+        if seeds:
+            runs[-1].loc[0, "status"] = status
+        return reproduce.next_look(("cifar10_small_loss",), written(checkout / f"looks{seeds}{most}{status}", *runs), most)
+
+    assert reproduce.next_look(("cifar10_small_loss",), Store(checkout / "nothing"), 40) == look(0)
+    first = look(3)
+    assert (
+        len(first) == 6 * 5
+        and {seed for _, seed in first} == {1, 2, 3, 4, 5}
+        and [seed for _, seed in first] == sorted(s for _, s in first)
+    )
+    assert sorted(look(5)) == [(f"cifar10_small_loss_{cell}", seed) for cell in ("sgp", "slowmo_sgp") for seed in range(1, 11)]
+    assert max(seed for _, seed in look(5, most=7)) == 7
+    assert look(5, status="diverged") == []
