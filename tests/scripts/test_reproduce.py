@@ -119,7 +119,7 @@ def test_wanted_runs_come_seed_after_seed_and_once():
     reproduce = loaded("reproduce", ROOT)
     jobs = reproduce.wanted(["table1", "ablations"], ("cifar10_small",), None)
     assert len(set(jobs)) == len(jobs) == 96 and [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
-    assert len(reproduce.wanted(["table1"], ("wmt16_small",), None)) == 15 and len(reproduce.wanted(["table1"], ("wmt16_small",), [7])) == 5
+    assert len(reproduce.wanted(["table1"], ("wmt16_small",), None)) == 25 and len(reproduce.wanted(["table1"], ("wmt16_small",), [7])) == 5
     assert ("cifar10_small_slowmo_sgp,outer.tau=96", 3) in jobs and ("cifar10_small_slowmo_sgp,outer.tau=96", 4) not in jobs
 
 
