@@ -49,19 +49,7 @@ RULES = {  # of the paper's data, of a stand-in
     "paired by seed, ± half its 95% confidence interval. mark: *as the paper* or *against the paper* where that interval excludes zero, "
     f"else *open*. {WHEN}",
 }
-# what a reader must know to read a table
-NOTES = {
-    "cifar10_small": {
-        "table1": "SlowMo over SGP gains nothing here: the paper's reset of the momentum buffers every τ = 12 steps costs a momentum of "
-        "0.9 half of its strength (the mean of 1 − 0.9^k over a round is 0.46), about what β = 0.4 gives back; with buffers "
-        "kept SlowMo lowers SGP's training loss too, see *buffers varied*. AR-SGD is best here, in the paper behind SGP: see "
-        "*How far SGP is from AR-SGD*.",
-        "messages": "Half of the bytes: what workers send each other is rounded to 8 bits of mantissa, exact averages are not. No "
-        "difference beyond that between seeds.",
-        "distance": "A larger batch a worker, nearer to the paper's 128, does not bring SGP nearer; more iterations do: AR-SGD fits its "
-        "training set first, and then its NLL rises. The paper's runs go on until the training loss is 0.002. One seed each.",
-    },
-}
+NOTES: dict[str, dict[str, str]] = {}  # by data and table: what a reader must know to read it
 
 
 @dataclasses.dataclass(frozen=True)

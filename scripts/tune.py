@@ -138,7 +138,9 @@ class Tuner:
     def gather(self, experiment: str) -> None:
         """Put this experiment's finished trials into the list."""
         lines = []
-        for path in sorted((ROOT / "trials").glob(f"{experiment}[,]*/seed*/result.json")):
+        for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
+            if path.parts[-3].partition(",")[0] != experiment:
+                continue
             line, _ = collect.read(path.parent)
             config = collect.config(path.parent)
             length = f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"

@@ -150,7 +150,7 @@ def check(composed: Composed) -> None:
     for key in ("launch.name", "data.name"):
         if values[key] != known[key]:
             raise ValueError(f"{key}={values[key]}: choose {key.removesuffix('.name')}={values[key]}")
-    for name, least in (("workers", 1), ("checkpoint_every", 1), ("evaluate.every", 1), ("seed", 0), ("evaluate.keep", 0)):
+    for name, least in (("workers", 1), ("checkpoint_every", 1), ("evaluate.every", 1), ("seed", -1), ("evaluate.keep", 0)):
         _whole(name, OmegaConf.select(cfg, name), least)
     if cfg.cluster.threads is not None:
         _whole("cluster.threads", cfg.cluster.threads)

@@ -31,7 +31,7 @@ class Cifar10(Task):
             raise ValueError(f"task=cifar10 does not read data={data.name}: choose data=photos or data=cifar10")
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
-        self.workers, self.seed, self.batch = workers, seed, batch_size // workers
+        self.workers, self.seed, self.batch = workers, seed % 2**63, batch_size // workers
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.layers, self.width, self.stride, self.augment = list(layers), width, stride, augment
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -41,7 +41,7 @@ class Cifar10(Task):
             raise ValueError(f"{_length(data)} training pictures do not fill one batch of {batch_size}: lower task.batch_size")
 
     def model(self) -> torch.nn.Module:
-        torch.manual_seed(self.seed % 2**63)
+        torch.manual_seed(self.seed)
         model = ResNet(self.layers, self.width, stride=self.stride)
         return model.to(self.device, self.dtype, memory_format=self.memory_format)
 
@@ -106,10 +106,10 @@ class Cifar10(Task):
         """A worker's epoch: [4, pictures] of index, top, left, flip."""
         if self._drawn.get("epoch") != epoch:
             count = _length(self.data)
-            self._drawn = {"epoch": epoch, "order": np.random.default_rng([self.seed % 2**63, 2, epoch]).permutation(count)}
+            self._drawn = {"epoch": epoch, "order": np.random.default_rng([self.seed, 2, epoch]).permutation(count)}
         if worker not in self._drawn:
             share = self.steps_per_epoch * self.batch
-            rng = np.random.default_rng([self.seed % 2**63, 3, epoch, worker])
+            rng = np.random.default_rng([self.seed, 3, epoch, worker])
             order = self._drawn["order"][worker * share : (worker + 1) * share]
             crop, flip = (9, 2) if self.augment else (1, 1)
             drawn = np.stack([order, rng.integers(0, crop, share), rng.integers(0, crop, share), rng.integers(0, flip, share)])

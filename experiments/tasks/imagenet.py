@@ -55,7 +55,7 @@ class ImageNet(HalfPrecision):
             raise ValueError(f"task: {given}: 0 < size <= resize, 0 < scale <= 1 and num_loader_workers >= 0 are needed")
         if layers is None and model not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"task.model={model}: torchvision knows no such classifier; resnet50 is the paper's")
-        self.workers, self.seed, self.batch, self.data = workers, seed, batch_size // workers, data
+        self.workers, self.seed, self.batch, self.data = workers, seed % 2**63, batch_size // workers, data
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.name, self.layers, self.width = model, layers and list(layers), width
         self.size, self.resize, self.scale, self.flip = size, resize, scale, flip
@@ -68,7 +68,7 @@ class ImageNet(HalfPrecision):
         self._next = self._ahead = self._normal = None
 
     def model(self) -> torch.nn.Module:
-        torch.manual_seed(self.seed % 2**63)
+        torch.manual_seed(self.seed)
         if self.layers is None:
             model = torchvision.models.get_model(self.name, num_classes=self.data.classes)
             for block in model.modules():

@@ -24,11 +24,11 @@ class Quadratic(Task):
                  noise: float = 0.0, problem: str | None = None):  # fmt: skip
         if dimension < 1 or noise < 0 or not math.isfinite(spread):
             raise ValueError(f"task: dimension={dimension} >= 1, noise={noise} >= 0 and a finite spread={spread} are needed")
-        self.seed, self.noise, self.fingerprint = seed, noise, None
+        self.seed, self.noise, self.fingerprint = seed % 2**63, noise, None
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.origin = problem or "drawn from the seed"
         if problem is None:
-            rng = np.random.default_rng([seed, 0])
+            rng = np.random.default_rng([self.seed, 0])
             factors = rng.standard_normal((workers, dimension, dimension))
             bases = np.linalg.qr(factors)[0]
             A = np.einsum("wij,wj,wkj->wik", bases, rng.uniform(0.5, 1.5, (workers, dimension)), bases)

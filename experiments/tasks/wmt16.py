@@ -88,7 +88,7 @@ class WMT16(HalfPrecision):
             raise ValueError(f"task.bleu: subsets={list(bleu.subsets)} of valid and test, beam={bleu.beam} and average={bleu.average} >= 1")
         if dim and heads and dim % heads:
             raise ValueError(f"task.dim={dim} over task.heads={heads}: choose a multiple of {heads}")
-        self.workers, self.seed, self.dtype, self.device = workers, seed, getattr(torch, dtype), torch.device(device)
+        self.workers, self.seed, self.dtype, self.device = workers, seed % 2**31, getattr(torch, dtype), torch.device(device)
         self.data, self.max_tokens, self.pieces, self.bleu = data, max_tokens, pieces, bleu
         sizes = {"embed_dim": dim, "ffn_embed_dim": ffn, "attention_heads": heads, "layers": layers}
         sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sizes.items() if value}
@@ -137,7 +137,7 @@ class WMT16(HalfPrecision):
         return steps
 
     def model(self) -> torch.nn.Module:
-        torch.manual_seed(self.seed % 2**63)
+        torch.manual_seed(self.seed)
         texts = self.fairseq if self.there() else _Published(SIZES[self.data.name][0])
         return TransformerModel.build_model(self.architecture, texts).to(self.device, self.dtype)
 

@@ -7,11 +7,6 @@ before it and after it are not pooled.
 import importlib.util
 
 import pytest
-
-for package in ("skimage", "sklearn", "PIL"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"the photos extra is not installed ({package})", allow_module_level=True)
-
 from hydra import initialize_config_dir
 
 from experiments.runner import build
@@ -19,6 +14,9 @@ from experiments.runner.cli import CONFIGS
 from experiments.runner.config import compose
 from slowmo.cluster import Cluster
 from slowmo.train import TrainingMeter, train
+
+absent = [package for package in ("skimage", "sklearn", "PIL") if importlib.util.find_spec(package) is None]
+pytestmark = pytest.mark.skipif(bool(absent), reason="the photos extra is not installed")
 
 # the workers' mean training loss over the first four steps, and the norm of the averaged parameters after them
 EXPECTED = {

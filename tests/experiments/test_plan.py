@@ -73,7 +73,7 @@ def match(text: str, pattern: str) -> None:
         (("steps=1.5",), "steps=1.5: a whole number >= 1"),
         (("steps=null", "epochs=-1"), "epochs=-1: a positive number"),
         (("workers=0",), "workers=0: a whole number >= 1"),
-        (("seed=-1",), "seed=-1: a whole number >= 0"),
+        (("seed=-2",), "seed=-2: a whole number >= -1"),
         (("evaluate.every=0",), "evaluate.every=0: a whole number >= 1"),
         (("cluster.vectorize=maybe",), "cluster.vectorize=maybe: choose auto, true or false"),
         (("evaluate.batchnorm=batch",), "choose one of average, local, recalibrate"),
