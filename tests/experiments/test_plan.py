@@ -351,7 +351,8 @@ def test_another_option_has_its_own_values(word, group, own):
     assert now[group] == bare[group] and own.items() <= now[group].items()
     assert all(now[name] == before[name] for name in before if name != group)
     config_check(found)
-    (said,) = {"outer": ["outer.beta=0.4"], "data": ["data.train=3072"]}.get(group, [found.dropped[0].rpartition(" (")[0]])
+    own_words = {"outer": "outer.beta=0.4", "data": "data.train=3072, data.validation=20000"}
+    said = own_words.get(group, found.dropped[0].rpartition(" (")[0])
     assert found.dropped == [f"{said} ({word}, not {plain.choices[group]})"] and f"{group}." in said
 
 
@@ -384,7 +385,7 @@ def test_an_experiment_of_the_user_on_a_shape_of_ours(tmp_path):
     )
     where = f"hydra.searchpath=[file://{tmp_path}]"
     found = composed(where, "experiment=mine")
-    assert (found.cfg.optimizer.lr, found.cfg.base.messages, found.cfg.task.width) == (0.01, "bfloat16", 8)
+    assert (found.cfg.optimizer.lr, found.cfg.base.messages, found.cfg.task.width) == (0.01, "bfloat16", 16)
     assert "momentum" not in found.cfg.optimizer and found.cfg.optimizer.weight_decay == 0.0
     assert composed(where, "experiment=mine", "optimizer=sgd").cfg.optimizer.momentum == 0.9  # the shape's own choice again
 
