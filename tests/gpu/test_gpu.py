@@ -19,11 +19,12 @@ from slowmo.cluster import Cluster
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no GPU")]
 ROOT = Path(__file__).parents[2]
+slow = functools.partial(slowmo.outer.SlowMo, tau=3, beta=0.6)
 OUTERS = {
     "none": None,
     "average": functools.partial(slowmo.Average, tau=3),
-    **{f"slowmo {kind}": functools.partial(slowmo.outer.SlowMo, tau=3, beta=0.6, buffers=kind) for kind in ("reset", "maintain", "average")},
-    "noaverage": functools.partial(slowmo.outer.SlowMo, tau=3, beta=0.6, exact=False),
+    **{f"slowmo {kind}": functools.partial(slow, buffers=kind) for kind in ("reset", "maintain", "average")},
+    "noaverage": functools.partial(slow, exact=False),
     "diloco": functools.partial(slowmo.outer.NesterovOuter, tau=3),
 }
 OPTIMIZERS = {
