@@ -114,6 +114,7 @@ FAULTS = {
     "config.yaml": lambda: failing(os, "replace", errno.EROFS, match=named("config.yaml")),
     "the folder": lambda: failing(os, "mkdir", errno.EACCES, match=lambda path, *_: "seed1" in str(path) or "sgp" in str(path)),
     "the lock": lambda: failing(fcntl, "lockf", errno.EIO),
+    "the list of models": lambda: failing(os, "scandir", errno.EACCES, match=opening("models"), count=3),
 }
 
 
@@ -126,6 +127,7 @@ def test_what_one_rank_cannot_do_ends_all_at_once(fault, tmp_path):
     folder = finished(*words, cwd=tmp_path, processes=2)
     two = finished(*words, "runs=alone", cwd=tmp_path, processes=2)
     assert rows(folder) == rows(two) and not list(folder.rglob("*.partial")) and not list(folder.rglob("*.damaged"))
+    assert {*os.listdir(folder / "models")} == {*os.listdir(two / "models")}
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
