@@ -100,7 +100,11 @@ class Tuner:
         metric = "nll_base2_best" if self.text else "accuracy_best"
         lines = []
         for path in sorted((ROOT / "trials").glob(f"{experiment}[,]*/seed{self.options.seed}/result.json")):
-            line, _ = collect.read(path.parent)
+            try:
+                line, _ = collect.read(path.parent)
+            except Exception as error:  # damaged in whatever way: asked for again, it is made anew, or named
+                print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
+                continue
             config = collect.config(path.parent)
             length = f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"
             beta = config["outer"].get("beta")

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from commands import command
 from listed import lines, written
 
+from results import collect
 from results.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -102,13 +105,30 @@ def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
     refused.mkdir(parents=True)
     (refused / "config.yaml").write_text("workers: 3\n")
     code, out, err = script("reproduce", "table1", "--data", "cifar10_small", "--seeds", "1", "--jobs", "2", "--", *TINY)
-    assert code == 1 and "failed: run.py experiment=cifar10_small_osgp seed=1: error: " in err, out + err
+    assert code == 1 and re.search(r"^2 runs: 1 refused, 1 done$|^2 runs: 1 done, 1 refused$", out, re.M), out + err
+    assert re.search(r"^  refused +cifar10_small_osgp seed 1 +[\d.]+ min  error: .* holds a run whose ", out, re.M), out
+    assert re.search(r"^  done +cifar10_small_sgp seed 1 +[\d.]+ min$", out, re.M), out
     assert len(list(checkout.glob("runs/*/seed1/result.json"))) == len(cells) + 1 and out.count(": done, ") == 1
     assert (
         len(pd.read_csv(mine / "data/runs.csv")) == len(cells) and (mine / "tables/tables.md").exists() and (mine / "report.html").exists()
     )
     assert f"left out: runs/{refused.parent.name}/seed1: its files know no 'seed'" in err
     assert {path: path.read_bytes() for path in published} == published and (checkout / "README.md").read_bytes() == readme
+
+
+def test_a_run_that_diverged_is_an_outcome(checkout, script, monkeypatch):
+    """Collecting and all that is made from it, a minute, is the test's above."""
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0))
+    for name in ("ar_sgd", "local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "slowmo_sgp"):
+        ended(checkout / f"runs/cifar10_small_{name}/seed1", f"cifar10_small_{name}", 60.0)
+    code, out, err = script("reproduce", "table1", "--seeds", "1", "--", *TINY, "optimizer.lr=1e30")
+    assert code == 0, out + err
+    line = r"^1 runs: 1 diverged\n  diverged +cifar10_small_sgp seed 1 +[\d.]+ min  diverged at step \d: .*; lower optimizer.lr"
+    assert re.search(line, out, re.M), out
+    store = Store(checkout / "collected")
+    collect.main(checkout / "runs", store)
+    lines = store.read("runs")
+    assert lines["status"].tolist().count("diverged") == 1 and len(lines) == 7
 
 
 def test_wanted_runs_come_seed_after_seed_and_once():

@@ -1,4 +1,4 @@
-"""Random faults against a reference run: `pytest tests/soak -m soak -s [--soak-seed=S] [--soak-trials=N | --soak-only=K]`, about 10 minutes on 2 cores.
+"""Random faults against a reference run: `pytest tests/soak -m soak -s [--soak-seed=S] [--soak-trials=N | --soak-only=K]`.
 
 A trial hurts a run, or its folder, one or several times, asks again as its messages say, and compares everything that is left with the
 run that nothing happened to. It prints trials and failures by kind, and the seed to repeat them; --soak-only repeats trial K alone.
@@ -427,7 +427,7 @@ def disk(tmp_path):
 def test_soak(request, tmp_path, disk):
     seed = request.config.getoption("--soak-seed", default=None)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    only, trials = request.config.getoption("--soak-only", default=None), request.config.getoption("--soak-trials", default=400)
+    only, trials = request.config.getoption("--soak-only", default=None), request.config.getoption("--soak-trials", default=200)
     chosen = range(trials) if only is None else [only]
     kinds = {kind: weight for kind, weight in KINDS.items() if kind is not full_disk or disk}
     if not (Path(__file__).parents[1] / "support" / "nonsense.py").exists():
