@@ -343,6 +343,13 @@ def test_resume_is_one_of_two_words(tmp_path):
 # ---- the rest
 
 
+def test_a_row_at_a_slow_step_measures_workers_before_the_average(tmp_path):
+    """Just after it they are equal, which says nothing."""
+    distances = {row["step"]: row["consensus_distance"] for row in rows(finished(*WORDS, "evaluate.every=2", cwd=tmp_path))}
+    averaged = [distances[step] for step in distances if step % 4 == 0]
+    assert len(averaged) == 11 and min(averaged) > 1e-3
+
+
 def test_files_honour_the_umask(tmp_path):
     folder = finished(*WORDS, cwd=tmp_path, before=lambda rank: os.umask(0o002))
     modes = {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
