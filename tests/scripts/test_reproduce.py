@@ -144,8 +144,8 @@ def test_nonsense_is_refused(script):
     assert "invalid choice" in script("reproduce", "table7")[2]
 
 
-def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
-    """From trials that ran before: nothing is run again, and a run that diverged is never chosen."""
+def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatch):
+    """From trials that ran before: nothing is run again but a damaged one, and a run that diverged is never chosen."""
     before = (checkout / "results/data/trials.csv").read_bytes()
     shutil.rmtree(checkout / "trials", ignore_errors=True)
     accuracy = {("local_sgd", lr): value for lr, value in ((0.03, 50.0), (0.1, 55.0), (0.3, 52.0), (0.9, 99.0))}
@@ -163,4 +163,18 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
     listed, text = pd.read_csv(path), path.read_text()
     assert len(listed) == len(trials) and listed[listed["chosen"]].groupby("experiment").size().tolist() == [1] * 7
     assert not script("tune", "cifar10_small")[0] and path.read_text() == text
+    path.unlink()
+    damaged = checkout / "trials/cifar10_small_osgp,5/seed0/result.json"
+    whole, asked = damaged.read_text(), []
+    damaged.write_text("{")
+
+    def anew(words, **_):
+        asked.append(words)
+        damaged.write_text(whole)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", anew)
+    code, out, err = script("tune", "cifar10_small")
+    assert not code and path.read_text() == text and len(asked) == 1 and "experiment=cifar10_small_osgp" in asked[0], err
+    assert "cifar10_small_osgp,5/seed0 counts as missing: result.json: " in err
     assert (checkout / "results/data/trials.csv").read_bytes() == before

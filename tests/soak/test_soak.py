@@ -1,4 +1,4 @@
-"""Random faults against a reference run: `pytest tests/soak -m soak -s [--soak-seed=S] [--soak-trials=N | --soak-only=K]`.
+"""Random faults against a reference run: `pytest tests/soak -m soak -n 0 -s [--soak-seed=S] [--soak-trials=N | --soak-only=K]`.
 
 A trial hurts a run, or its folder, one or several times, asks again as its messages say, and compares everything that is left with the
 run that nothing happened to. It prints trials and failures by kind, and the seed to repeat them; --soak-only repeats trial K alone.
