@@ -6,6 +6,7 @@ No torch here: whoever only reads results imports it too.
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -65,6 +66,19 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def entries(folder: Path, pattern: str = "*") -> list[Path]:
+    """What lies in `folder` under such names, sorted; nothing where there is no folder.
+
+    OSError for a folder that cannot be read: Path.glob then finds nothing, for no permission or, in newer Pythons, for any error.
+    """
+    try:
+        with os.scandir(folder) as found:
+            names = sorted(entry.name for entry in found)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
 def remove(path: Path) -> None:
     """Delete whatever has this name; of a link the link."""
     if kind(path) == "a folder":
@@ -105,7 +119,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 def sweep(folder: Path, name: str = "*", host: str = "*") -> None:
     """Delete what killed processes (of `host`, where locks may not reach further) left half made. Only for whoever holds the lock."""
-    for left in folder.glob(f"{name}.{host}.*.partial"):
+    for left in entries(folder, f"{name}.{host}.*.partial"):
         remove(left)
 
 

@@ -110,6 +110,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     line["accuracy_error"] = result.get("cells", {}).get("accuracy_error")  # of the last accuracy, over the cells that patches come from
     for subset, facts in result.get("bleu", {}).items():
         line |= {f"bleu_{subset}": facts["bleu"], "bleu_signature": facts["signature"]}
+    if problems := files.damaged(path):  # what reads well may have been changed, and models and iterates are not read here
+        raise ValueError(f"{'; '.join(problems)}: the same command makes it anew")
     return line, [row for row in rows if not row.get("diverged")]
 
 

@@ -9,8 +9,9 @@
 `looks` runs the cells of primary claims to the first look of results/protocol.md, then those of a claim that is undecided to the next one,
 up to --most seeds. With --publish each run that ends is put into results/data/, which is committed.
 
-What follows `--` goes to every run. A run that fails is named and the others go on; asking again takes up what is missing or was
-stopped. Done is what stands in runs/: in a fresh clone everything is missing. Without --publish the end is in results/mine/.
+What follows `--` goes to every run. A run that diverged is an outcome as any; after one that failed the others go on, and the table at
+the end says what became of each. Asking again takes up what is missing or was stopped. Done is what stands in runs/: in a fresh clone
+everything is missing. Without --publish the end is in results/mine/, beside the published numbers.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from results.tables import SMALL, layout  # noqa: E402
 
 TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
           "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance", "messages")}  # fmt: skip
+STATUS = {0: "done", 2: "refused", 3: "diverged"}  # run.py's exit codes; above 128 a signal's
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
 
 
@@ -59,7 +62,7 @@ def main() -> int:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
     except ValueError:
         parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
-    data, failed, code = DATA[options.data], [], 0
+    data, ended = DATA[options.data], []
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
     tables_wanted = [key for key in options.what if key != "looks"]
@@ -68,19 +71,19 @@ def main() -> int:
         done, paces = known()
         jobs += [job for job in next_look(data, PUBLISHED if options.publish else MINE, options.most) if "looks" in options.what]
         jobs = [*dict.fromkeys(jobs)]
-        missing = [job for job in jobs if job not in done and job not in dict(failed)]
+        missing = [job for job in jobs if job not in done and job not in [job for job, *_ in ended]]
         show(jobs, missing, paces)
         if options.dry_run or not missing:
             break
-        failed += run_all(missing, options, extra)
+        ended += run_all(missing, options, extra)
         if "looks" not in options.what or stopping.is_set():
             break
     if options.dry_run:
         return 0
     code = subprocess.run([sys.executable, "-m", "results", "all", *publish(options)], cwd=ROOT).returncode
-    for job, words in failed:
-        print(f"failed: {' '.join(command(job))}: {words}", file=sys.stderr)
-    return 1 if failed else code
+    if ended:
+        print(table(ended))
+    return code if all(status in ("done", "diverged") for _, status, *_ in ended) else 1
 
 
 def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> list[tuple[str, int]]:
@@ -162,17 +165,28 @@ def command(job: tuple[str, int]) -> list[str]:
     return tables.command(run, [seed]).split()[1:]
 
 
+def table(ended) -> str:
+    """What became of each run."""
+    counts = Counter(status for _, status, *_ in ended)
+    names = [f"{run} seed {seed}" for (run, seed), *_ in ended]
+    width = max(map(len, names))
+    lines = [f"{len(ended)} runs: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
+    for name, (_, status, minutes, words) in zip(names, ended):
+        lines.append(f"  {status:12}{name:{width}}{minutes:8.1f} min  {'' if status == 'done' else words}".rstrip())
+    return "\n".join(lines)
+
+
 def run_all(missing, options, extra) -> list:
-    """Run them, so many at once; (job, last words) of those that failed. Ctrl-C: each saves and stops, nothing new starts."""
+    """Run them, so many at once; (job, status, minutes, last words) of each. Ctrl-C: each saves and stops, nothing new starts."""
     cluster = options.launcher.startswith("slurm")
     words = [f"launch={options.launcher}", *(["launch.wait=true"] if cluster else []), *extra]
-    failed, children, collecting = [], set(), threading.Lock()
+    children, collecting = set(), threading.Lock()
     live = Console().is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
     def one(job):
         if stopping.is_set():
-            return
+            return job, "not started", 0.0, ""
         started = time.monotonic()
         # a session of its own: Ctrl-C comes once, from here
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -180,15 +194,17 @@ def run_all(missing, options, extra) -> list:
         children.add(child)
         said, _ = child.communicate()
         children.discard(child)
-        last = (said.strip().splitlines() or ["no words"])[-1]
-        if child.returncode:
-            failed.append((job, last))
         with collecting:  # what ended is kept, whatever comes
             subprocess.run([sys.executable, "-m", "results", "collect", *publish(options)], cwd=ROOT, capture_output=True)
+        status = STATUS.get(child.returncode, "stopped" if child.returncode > 128 else "failed")
+        # a run says its error, or that it diverged, before its last line
+        lines = [line for line in said.splitlines() if line.startswith(("error: ", "diverged "))] or said.strip().splitlines()
+        outcome = job, status, (time.monotonic() - started) / 60, (lines or ["no words"])[-1]
         progress.advance(task)
-        if not live or child.returncode:
-            state = f"ended with {child.returncode}: {last}" if child.returncode else "done"
-            progress.console.print(f"{job[0]} seed {job[1]}: {state}, {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+        if not live or status != "done":
+            state = "done" if status == "done" else f"{status} (exit code {child.returncode}): {outcome[3]}"
+            progress.console.print(f"{job[0]} seed {job[1]}: {state}, {outcome[2]:.1f} minutes", highlight=False)
+        return outcome
 
     with Progress(*columns, disable=not live) as progress, ThreadPoolExecutor(options.jobs or (len(missing) if cluster else 2)) as pool:
         task = progress.add_task("runs", total=len(missing))
@@ -201,7 +217,7 @@ def run_all(missing, options, extra) -> list:
             for child in list(children):
                 child.terminate()
             progress.console.print("stopping: what runs saves first; the same command goes on from there")
-    return failed
+    return [future.result() for future in futures]
 
 
 if __name__ == "__main__":

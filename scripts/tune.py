@@ -141,7 +141,11 @@ class Tuner:
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
             if path.parts[-3].partition(",")[0] != experiment:
                 continue
-            line, _ = collect.read(path.parent)
+            try:
+                line, _ = collect.read(path.parent)
+            except Exception as error:  # damaged in whatever way: asked for again, it is made anew, or named
+                print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
+                continue
             config = collect.config(path.parent)
             length = f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"
             lines.append((experiment, config["optimizer"]["lr"], config["outer"].get("beta"), line["seed"], length, line["status"],

@@ -73,12 +73,15 @@ def save(folder: Path, step: int, cluster: Cluster, workers: list[dict[str, torc
     """
     final = folder / f"step-{step:09d}"
     aside = folder / f"{final.name}.partial"
-    if cluster.broadcast_object(final.exists()):
-        return
+    saved = False
     with everywhere(cluster):  # nobody writes before the folder is there
         if cluster.is_main:
-            _remove(aside)
-            aside.mkdir(parents=True)
+            saved = final in _found(folder)
+            if not saved:
+                _remove(aside)
+                aside.mkdir(parents=True)
+    if cluster.broadcast_object(saved):
+        return
     workers = [
         {key: cluster.all_gather_in_worker(value) if key.startswith("own.") else value for key, value in worker.items()}
         for worker in workers
@@ -158,9 +161,10 @@ def load(folder: Path, cluster: Cluster) -> tuple[Checkpoint | None, list[str]]:
     on every rank.
     """
     with everywhere(cluster):
-        if cluster.is_main and folder.exists():
-            for left in folder.glob("*.partial"):
-                _remove(left)
+        if cluster.is_main:
+            for left in _entries(folder):
+                if left.name.endswith(".partial"):
+                    _remove(left)
     with everywhere(cluster):
         paths = [str(path) for path in _found(folder)] if cluster.is_main else []
     complaints: list[str] = []
@@ -204,7 +208,7 @@ def load_model_state(folder: Path, worker: int) -> dict[str, torch.Tensor]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """Checked as far as anything reads it."""
-    if path.is_symlink() or not path.is_dir():
+    if not stat.S_ISDIR(os.lstat(path).st_mode):  # an OSError, which Path.is_dir may keep to itself, is no damage
         raise Damaged("it is no folder")
     try:
         with _open(path / "manifest.json") as file:
@@ -277,9 +281,16 @@ def _digest_of(body: dict[str, Any]) -> str:
 
 def _found(folder: Path) -> list[Path]:
     """What is called a complete checkpoint, newest first."""
-    if not folder.exists():
+    return sorted((path for path in _entries(folder) if re.fullmatch(r"step-\d{9}", path.name)), reverse=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, nothing where there is none. OSError where it cannot be read: nothing intact counts as missing then."""
+    try:
+        with os.scandir(folder) as found:
+            return [folder / entry.name for entry in found]
+    except FileNotFoundError:
         return []
-    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d{9}", p.name)), reverse=True)
 
 
 def _remove(path: Path) -> None:

@@ -56,7 +56,7 @@ class RunRecorder:
             if self.cluster.is_main:
                 for folder in (self.path, self.path / "models"):
                     files.sweep(folder)
-                for left in (self.path / "models").glob(".tmp*"):  # safetensors' own, of a killed process
+                for left in files.entries(self.path / "models", ".tmp*"):  # safetensors' own, of a killed process
                     files.remove(left)
                 if state and (missing := self._rows_missing()):
                     complaints.append(f"metrics.jsonl was damaged: {missing} of {len(self.rows)} rows are taken from the checkpoint")
@@ -178,7 +178,7 @@ class RunRecorder:
         complaints = []
         self._prune()
         for name, expected in list(self.digests.items()):
-            if not (self.path / name).exists() or files.digest(self.path / name) != expected:
+            if not files.kind(self.path / name) or files.digest(self.path / name) != expected:
                 complaints.append(f"{name} is gone or damaged")
                 files.remove(self.path / name)
                 self.lost.append(name)
@@ -188,7 +188,7 @@ class RunRecorder:
     def _complete(self) -> None:
         """Rows that somebody took away from metrics.jsonl while the run was at work come back; checksums of the texts."""
         metrics = self.path / "metrics.jsonl"
-        if not metrics.exists() or files.read(metrics) != self._text().encode():
+        if not files.kind(metrics) or files.read(metrics) != self._text().encode():
             files.write(metrics, self._text())
         for name in ("metrics.jsonl", "config.yaml"):
             self.digests[name] = files.digest(self.path / name)

@@ -63,7 +63,7 @@ def check(path: Path) -> None:
     """OSError, naming the remedy, where a link, a folder, a pipe has the name of a run's file."""
     files.check_kinds(path, FILES, FOLDERS)
     for folder in FOLDERS[1:]:
-        files.check_kinds(path / folder, [file.name for file in (path / folder).glob("*.safetensors")])
+        files.check_kinds(path / folder, [file.name for file in files.entries(path / folder, "*.safetensors")])
 
 
 def existing_result(path: Path, cfg: DictConfig) -> tuple[dict | None, list[str]]:
@@ -101,14 +101,14 @@ def trained_to(path: Path) -> int:
     metrics = files.read(path / "metrics.jsonl") if files.kind(path / "metrics.jsonl") else b""
     seen = [int(text) for text in re.findall(rb'"step": (\d+)', metrics)]
     seen += [int(model.stem.removeprefix("step-")) for model in saved_models(path)]
-    damaged = [int(found.name[5:14]) for found in (path / "checkpoints").glob("step-?????????.damaged")]
+    damaged = [int(found.name[5:14]) for found in files.entries(path / "checkpoints", "step-?????????.damaged")]
     ended = 1 if files.kind(path / "result.json") else 0
     return max([ended, *damaged, *(step for step in seen if step > first)])
 
 
 def start_anew(path: Path) -> str:
     """Move what lies in the folder to a folder in it, and nothing away; a line that says so."""
-    found = [entry for entry in path.iterdir() if entry.name != ".lock" and not entry.name.startswith(".old-")]
+    found = [entry for entry in files.entries(path) if entry.name != ".lock" and not entry.name.startswith(".old-")]
     if not found:
         return ""
     n = 1
@@ -122,7 +122,7 @@ def start_anew(path: Path) -> str:
 
 def saved_models(path: Path) -> list[Path]:
     """The files of a run's averaged models, in order of their steps."""
-    return sorted((path / "models").glob("step-?????????.safetensors"))
+    return files.entries(path / "models", "step-?????????.safetensors")
 
 
 def load_model(path: Path, model: torch.nn.Module) -> None:

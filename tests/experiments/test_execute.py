@@ -114,6 +114,7 @@ FAULTS = {
     "config.yaml": lambda: failing(os, "replace", errno.EROFS, match=named("config.yaml")),
     "the folder": lambda: failing(os, "mkdir", errno.EACCES, match=lambda path, *_: "seed1" in str(path) or "sgp" in str(path)),
     "the lock": lambda: failing(fcntl, "lockf", errno.EIO),
+    "the list of models": lambda: failing(os, "scandir", errno.EACCES, match=opening("models"), count=3),
 }
 
 
@@ -126,6 +127,7 @@ def test_what_one_rank_cannot_do_ends_all_at_once(fault, tmp_path):
     folder = finished(*words, cwd=tmp_path, processes=2)
     two = finished(*words, "runs=alone", cwd=tmp_path, processes=2)
     assert rows(folder) == rows(two) and not list(folder.rglob("*.partial")) and not list(folder.rglob("*.damaged"))
+    assert {*os.listdir(folder / "models")} == {*os.listdir(two / "models")}
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
@@ -339,6 +341,13 @@ def test_resume_is_one_of_two_words(tmp_path):
 
 
 # ---- the rest
+
+
+def test_a_row_at_a_slow_step_measures_workers_before_the_average(tmp_path):
+    """Just after it they are equal, which says nothing."""
+    distances = {row["step"]: row["consensus_distance"] for row in rows(finished(*WORDS, "evaluate.every=2", cwd=tmp_path))}
+    averaged = [distances[step] for step in distances if step % 4 == 0]
+    assert len(averaged) == 11 and min(averaged) > 1e-3
 
 
 def test_files_honour_the_umask(tmp_path):

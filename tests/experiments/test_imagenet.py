@@ -10,6 +10,7 @@ import pytest
 import torch
 from generated import CLASSES, COUNTS, tree
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.tasks import imagenet
 from experiments.tasks.imagenet import ImageNet, files
@@ -109,11 +110,37 @@ def test_drawing_leaves_the_loop_s_random_numbers_alone(make):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_there_are_no_more_loaders_than_this_process_may_use_cores(make, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})  # a task of a job's
+    assert [make(num_loader_workers=count).num_loader_workers for count in (0, 1, 2, 8)] == [0, 1, 2, 2]
+
+
+def test_a_batch_never_waits_for_its_copy_to_the_device(make):
+    """From the second batch on pictures and labels alone are copied, without waiting; loaders give them in pinned memory."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].device != kwargs.get("device", args[0].device):
+                waited.append(not kwargs.get("non_blocking"))
+            return function(*args, **(kwargs or {}))
+
+    task, waited = make(), []
+    task.device = torch.device("meta")
+    piece = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), []
+    task._arrived(piece)
+    with Copies():
+        task._arrived(piece)
+    assert waited == [False, False]
+    task.device = torch.device("cuda")
+    assert task._loader([[(0, 0)]], "train").pin_memory
+
+
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_loaders_give_the_same_batches(loaders, make):
     """Whatever is asked for in between: the same step twice, another step, an evaluation; and from wherever a run goes on."""
     plain, task = make(), make(num_loader_workers=loaders)
-    assert task.num_loader_workers == min(loaders, os.cpu_count())
+    assert task.num_loader_workers == min(loaders, len(os.sched_getaffinity(0)))
     task.batches(0, range(1), (0, 1))  # a look before the start
     for step in range(3, 14):
         assert same(plain.batches(step, range(3), (0, 1)), task.batches(step, range(3), (0, 1)))
@@ -253,7 +280,7 @@ def test_missing_data_name_the_remedy(change, words, make, copy):
     ({"batch_size": 10}, "task.batch_size=10 over 3 workers: choose a multiple of 3"),
     ({"batch_size": 90}, "66 training pictures do not fill one batch of 90"),
     ({"autocast": "half"}, "choose bfloat16, float16 or null"),
-    ({"size": 64}, "0 < size=64 <= resize=36"),
+    ({"size": 64}, "size=64, resize=36, .*: 0 < size <= resize"),
     ({"layers": None, "model": "resnet500"}, "torchvision knows no such classifier"),
 ])  # fmt: skip
 def test_nonsense_is_refused(options, words, make):

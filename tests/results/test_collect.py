@@ -127,6 +127,25 @@ def test_a_damaged_folder_is_named_and_left_out(name, damage, words, runs, capsy
     assert re.search(words, said)
 
 
+def test_what_reads_well_and_has_another_checksum_is_left_out(runs, capsys):
+    """A changed row that is no best one, a config of other words, iterates that are gone: nothing but the checksums can tell."""
+    damages = {
+        "metrics.jsonl": edited(lambda text: text.replace('"epoch": ', '"epoch": 1')),
+        "config.yaml": edited(lambda text: text.replace("steps: 12", "steps: 13")),
+        "final.npz": Path.unlink,
+        "result.json": edited(lambda text: text.replace('"commit": "', '"commit": "f')),
+    }
+    (whole,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
+    for k, (name, damage) in enumerate(damages.items()):
+        folder = shutil.copytree(whole, runs / f"damaged{k}" / "seed1")
+        damage(folder / name)
+        table(runs)
+        said = [line for line in capsys.readouterr().err.splitlines() if f"left out: {folder}: {name} is " in line]
+        assert len(said) == 1 and ("is gone: " in said[0]) == (name == "final.npz") and said[0].endswith("the same command makes it anew")
+    lines = table(runs)
+    assert len(lines) == 3 and whole.parent.name in set(lines["run"])
+
+
 def test_two_folders_that_claim_one_seed_are_both_left_out(runs, capsys):
     (folder,) = (path for path in runs.glob("*/seed1") if "lr=" not in path.parent.name)
     copy = runs / "copies" / folder.parent.name / "seed1"

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from commands import command
 from listed import lines, written
 
+from results import collect
 from results.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +86,8 @@ def test_a_fresh_clone_has_everything_to_do(checkout, script):
 
 def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
     mine = checkout / "results/mine"
-    mine.mkdir()
-    shutil.copy(checkout / "results/data/claims.csv", mine)  # what needs no runs is not computed anew, which takes a minute
+    (mine / "data").mkdir(parents=True)
+    shutil.copy(checkout / "results/data/claims.csv", mine / "data")  # what needs no runs is not computed anew, which takes a minute
     published = {path: path.read_bytes() for path in (checkout / "results").rglob("*") if path.is_file() and mine not in path.parents}
     readme = (checkout / "README.md").read_bytes()
     cells = [
@@ -106,13 +108,30 @@ def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
     refused.mkdir(parents=True)
     (refused / "config.yaml").write_text("workers: 3\n")
     code, out, err = script("reproduce", "table1", "--data", "cifar10_small", "--seeds", "1", "--jobs", "2", "--", *TINY)
-    assert code == 1 and "failed: run.py experiment=cifar10_small_osgp seed=1: error: " in err, out + err
+    assert code == 1 and re.search(r"^2 runs: 1 refused, 1 done$|^2 runs: 1 done, 1 refused$", out, re.M), out + err
+    assert re.search(r"^  refused +cifar10_small_osgp seed 1 +[\d.]+ min  error: .* holds a run whose ", out, re.M), out
+    assert re.search(r"^  done +cifar10_small_sgp seed 1 +[\d.]+ min$", out, re.M), out
     assert len(list(checkout.glob("runs/*/seed1/result.json"))) == len(cells) + 1 and out.count(": done, ") == 1
     assert (
         len(pd.read_csv(mine / "data/runs.csv")) == len(cells) and (mine / "tables/tables.md").exists() and (mine / "report.html").exists()
     )
     assert f"left out: runs/{refused.parent.name}/seed1: its files know no 'seed'" in err
     assert {path: path.read_bytes() for path in published} == published and (checkout / "README.md").read_bytes() == readme
+
+
+def test_a_run_that_diverged_is_an_outcome(checkout, script, monkeypatch):
+    """Collecting and all that is made from it, a minute, is the test's above."""
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0))
+    for name in ("ar_sgd", "local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "slowmo_sgp"):
+        ended(checkout / f"runs/cifar10_small_{name}/seed1", f"cifar10_small_{name}", 60.0)
+    code, out, err = script("reproduce", "table1", "--seeds", "1", "--", *TINY, "optimizer.lr=1e30")
+    assert code == 0, out + err
+    line = r"^1 runs: 1 diverged\n  diverged +cifar10_small_sgp seed 1 +[\d.]+ min  diverged at step \d: .*; lower optimizer.lr"
+    assert re.search(line, out, re.M), out
+    store = Store(checkout / "collected")
+    collect.main(checkout / "runs", store)
+    lines = store.read("runs")
+    assert lines["status"].tolist().count("diverged") == 1 and len(lines) == 7
 
 
 def test_wanted_runs_come_seed_after_seed_and_once():
@@ -149,8 +168,8 @@ def tuned(checkout, best, diverged=()):
 BEST = {"local_sgd": (0.1, 0.9), "osgp": (0.17, 0.6), "sgp": (0.3, 0.4), "ar_sgd": (0.3, None)}
 
 
-def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
-    """From trials that ran before: nothing is run again, grids grow at their edges, and a rate at which a seed diverged is never chosen."""
+def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatch):
+    """From trials that ran before: only a damaged one is run again, grids grow at their edges, a rate that diverged is never chosen."""
     before = {path: path.read_bytes() for path in (checkout / "configs").rglob("*.yaml")}
     published = (checkout / "results/data/trials.csv").read_bytes()
     shutil.rmtree(checkout / "trials", ignore_errors=True)
@@ -163,6 +182,20 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script):
     assert len(listed) == len(list(checkout.glob("trials/*/*/result.json")))
     assert listed[listed["chosen"]].groupby("experiment").size().tolist() == [2] * 7 and set(listed["metric"]) == {"accuracy_last"}
     assert not script("tune", "cifar10_small")[0] and path.read_text() == text
+    path.unlink()
+    damaged = next(checkout.glob("trials/cifar10_small_osgp,*/seed0/result.json"))
+    whole, asked = damaged.read_text(), []
+    damaged.write_text("{")
+
+    def anew(words, **_):
+        asked.append(words)
+        damaged.write_text(whole)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", anew)
+    code, out, err = script("tune", "cifar10_small")
+    assert not code and path.read_text() == text and len(asked) == 1 and "experiment=cifar10_small_osgp" in asked[0], err
+    assert "counts as missing: result.json: " in err
     assert {path: path.read_bytes() for path in before} == before and (checkout / "results/data/trials.csv").read_bytes() == published
 
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +247,24 @@ def test_an_error_of_reading_is_no_damage(number, only, tmp_path):
     assert all(os.strerror(number) in text for _, text in said) and said[1 - only][1].startswith(f"rank {only}: ")
     assert sorted(os.listdir(tmp_path)) == ["step-000000005", NEWEST]
     assert {step for step, _ in spawn(load, 2, tmp_path)} == {6}
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+    """Path.glob finds nothing without permission, and newer Pythons' Path.exists and Path.is_dir deny whatever they cannot ask for."""
+
+    def fails(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    save(tmp_path)
+    for name in ("exists", "is_dir", "is_file"):
+        monkeypatch.setattr(Path, name, lambda *_: False)
+    assert load(tmp_path) == (12, [])
+    for name in ("scandir", "lstat"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fails)
+            with pytest.raises(PermissionError):
+                load(tmp_path)
+    assert os.listdir(tmp_path) == ["step-000000012"]
 
 
 @pytest.mark.parametrize("only", [0, 1])

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from branches import Shuffled, biases_apart
 from helpers import BASES, average, build, run, sgd
 from processes import spawn
@@ -88,6 +89,44 @@ def test_in_backward_is_late_to_the_last_bit(processes, m):
             if size == SMALL:  # rows of one process, but for the order of sums; Adam divides by roots of what may be small
                 tolerance = 1e-11 if optimizer == "nesterov" else 1e-6
                 torch.testing.assert_close(rows, whole[case][list(workers)], rtol=tolerance, atol=tolerance, msg=lambda t: f"{case}: {t}")
+
+
+def issued(m):
+    """Of each base: the collectives of this rank in the order in which it starts them, each with its group's name."""
+    cluster, calls = Cluster(m), []
+    groups = {cluster._inside: "inside", cluster._across: "across"}
+
+    def recorded(name):
+        real = getattr(dist, name)
+
+        def call(*arguments, **options):
+            group = arguments[0][0].group if name == "batch_isend_irecv" else options.get("group")
+            calls.append((name, groups.get(group, "all")))
+            return real(*arguments, **options)
+
+        setattr(dist, name, call)
+
+    for name in ("all_reduce", "broadcast", "batch_isend_irecv"):
+        recorded(name)
+    found = {}
+    for base in BASES:
+        calls.clear()
+        trained(cluster, base, "slowmo-reset", "nesterov", SMALL, 1, True)
+        found[base] = list(calls)
+    return found
+
+
+def test_ranks_of_a_worker_start_collectives_of_all_groups_in_one_order():
+    """Whatever the order of gradients: nccl can wait for ever where one rank starts two groups' the other way around."""
+    first, second, *others = spawn(issued, 4, 2)
+    assert others == [first, second]
+    for base, calls in first.items():  # a worker's second rank has no part of a mean of one number
+        left = iter(calls)
+        assert all(call in left for call in second[base]), base
+    assert {"inside", "across"} <= {group for _, group in first["allreduce"] + first["osgp"]}
+    sends = [k for k, (name, _) in enumerate(first["osgp"]) if name == "batch_isend_irecv"]
+    inside = [k for k, (_, group) in enumerate(first["osgp"]) if group == "inside"]
+    assert len(sends) > 8 and min(inside) < max(sends)  # both are under way in a step
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -1,7 +1,4 @@
 def pytest_addoption(parser):
     parser.addoption("--soak-seed", type=int, help="repeat the trials of this seed")
-    parser.addoption("--soak-trials", type=int, default=400)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: random faults against a reference run, about 10 minutes (pytest tests/soak -m soak -s)")
+    parser.addoption("--soak-trials", type=int, default=200)
+    parser.addoption("--soak-only", type=int, help="the number of a trial: run it alone")

@@ -1,7 +1,7 @@
-"""Random faults against a reference run: `pytest tests/soak -m soak -s [--soak-seed=S] [--soak-trials=N]`, about 10 minutes on 2 cores.
+"""Random faults against a reference run: `pytest tests/soak -m soak -n 0 -s [--soak-seed=S] [--soak-trials=N | --soak-only=K]`.
 
 A trial hurts a run, or its folder, one or several times, asks again as its messages say, and compares everything that is left with the
-run that nothing happened to. It prints trials and failures by kind, and the seed to repeat them.
+run that nothing happened to. It prints trials and failures by kind, and the seed to repeat them; --soak-only repeats trial K alone.
 """
 
 import builtins
@@ -427,14 +427,15 @@ def disk(tmp_path):
 def test_soak(request, tmp_path, disk):
     seed = request.config.getoption("--soak-seed", default=None)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    trials = request.config.getoption("--soak-trials", default=400)
+    only, trials = request.config.getoption("--soak-only", default=None), request.config.getoption("--soak-trials", default=200)
+    chosen = range(trials) if only is None else [only]
     kinds = {kind: weight for kind, weight in KINDS.items() if kind is not full_disk or disk}
     if not (Path(__file__).parents[1] / "support" / "nonsense.py").exists():
         del kinds[nonsense]
-    print(f"\nsoak: seed {seed}, {trials} trials" + ("" if disk else "; no full disk: mounting takes root"), flush=True)
+    print(f"\nsoak: seed {seed}, {len(chosen)} trials" + ("" if disk else "; no full disk: mounting takes root"), flush=True)
     soak, begun = Soak(tmp_path, random.Random(seed), disk), time.monotonic()
     counts, failures = collections.Counter(), []
-    for n in range(trials):
+    for n in chosen:
         soak.rng = random.Random(seed * 1_000_003 + n)  # a trial is the same whatever came before it
         kind, processes = soak.rng.choices(list(kinds), list(kinds.values()))[0], soak.rng.choice((1, 2))
         counts[kind.__name__] += 1
@@ -451,5 +452,5 @@ def test_soak(request, tmp_path, disk):
     for kind, count in counts.items():
         print(f"{kind:16}{count:5} trials{failed[kind]:5} failures")
     print(f"a failed process ended the other within {max(soak.left, default=0):.1f} s; {soak.ended} were ended after {GRACE:.0f} s or more")
-    print(f"{trials} trials, {len(failures)} failures, seed {seed}, {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{len(chosen)} trials, {len(failures)} failures, seed {seed}, {time.monotonic() - begun:.0f} s", flush=True)
     assert not failures, "\n".join(text for _, text in failures)
