@@ -16,7 +16,7 @@ the average is the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -85,11 +85,10 @@ class LocalSGD:
         elif not self.overlap:
             self.inner.pull()  # a scheduler may have moved since
         self.handover.finish(self.inner.step_all)
-        self._land()
-        self.inner.push()
-        for segment in self.replicas.segments:
+        for segment in self._landed():
             segment.zero_grads()
             segment.written()
+        self.inner.push()
         self.replicas.remember()
         self.steps += 1
 
@@ -151,8 +150,9 @@ class LocalSGD:
             for segment in bucket.segments:
                 self._averages[segment] = self._start_average(segment)
 
-    def _land(self) -> None:
-        """When all buckets have advanced: wait for what was sent."""
+    def _landed(self) -> Iterable[Segment]:
+        """When all buckets have advanced: each segment, as soon as what was sent to it has come."""
+        return self.replicas.segments
 
     def _early(self) -> bool:
         """Whether buckets may advance during backward in this step."""
@@ -283,14 +283,15 @@ class SGP(LocalSGD):
                 for name, block in self.inner.blocks(segment).items():
                     self._arrivals[segment, name] = self._send(segment, name, block)
 
-    def _land(self) -> None:
-        for (segment, name), arrive in self._arrivals.items():
-            block = segment.x if name == "z" else self.inner.blocks(segment)[name]
-            arrivals = arrive()
-            block.mul_(self._weights[0])
-            for weight, arrival in zip(self._weights[1:], arrivals):
-                _add(block, weight, arrival)
-        self._arrivals = {}
+    def _landed(self) -> Iterable[Segment]:
+        for segment in self.replicas.segments:
+            for name in [name for other, name in self._arrivals if other is segment]:
+                block = segment.x if name == "z" else self.inner.blocks(segment)[name]
+                arrivals = self._arrivals.pop((segment, name))()
+                block.mul_(self._weights[0])
+                for weight, arrival in zip(self._weights[1:], arrivals):
+                    _add(block, weight, arrival)
+            yield segment
         if not self._average:
             self.w = self._next_w
 

@@ -149,8 +149,9 @@ class Bucket:
 def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
     """Buckets for `parameters`, a list of (name, parameter); groups: of each the number of its parameter group.
 
-    bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early; the last two are halves,
-    because no computation hides the last.
+    bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early, and each is at most twice the
+    one before, so that it stays busy where sending takes longer than computing; the last two are halves, because no computation hides the
+    last.
     """
     full = bucket_cap_mb * 2**20 / dtype.itemsize
     left = sum(p.numel() for _, p in parameters)
@@ -161,7 +162,7 @@ def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, buc
         size += parameters[index][1].numel()
         left -= parameters[index][1].numel()
         if size >= limit and left:
-            limit, size = min(full, max(left, full) / 2), 0
+            limit, size = min(2 * size, full, max(left, full) / 2), 0
             pieces.append([])
     return [Bucket(number, _segments(parameters, groups, piece, rows, dtype)) for number, piece in enumerate(pieces)]
 
