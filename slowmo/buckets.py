@@ -209,6 +209,7 @@ class Handover:
         self.armed, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list[Pending] = []
         self.missing: list[int] = []
+        self.passes, self.graphs = 0, set[int]()  # backward passes of this step that have ended; those that have begun, by torch's number
 
     def arm(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
         """A step begins."""
@@ -220,14 +221,13 @@ class Handover:
         if self.half_done:
             raise RuntimeError("backward has begun a step that was not finished: call step() after each, or choose overlap=False")
         self.settle()
-        self.first_unsent, self.waits, self.touched = 0, [], False
+        self.first_unsent, self.waits, self.touched, self.passes, self.graphs = 0, [], False, 0, set()
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
     def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
         """Hand on everything that is left. before_advancing: called when all gradients are final."""
-        while self.first_unsent < len(self.buckets):
-            self._send()
+        self._send_all()
         if before_advancing:
             self.settle()
             before_advancing()
@@ -265,9 +265,25 @@ class Handover:
         self.missing[bucket.index] -= 1
         while self.first_unsent < len(self.buckets) and self.missing[self.first_unsent] <= 0:
             self._send()
-        if during_backward and self.reduce and not self.overlap and self.first_unsent == len(self.buckets):
-            # whoever reads gradients after backward sees the mean, as with DDP
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+        graph = torch._C._current_graph_task_id()
+        if during_backward and self.reduce and not self.overlap and graph not in self.graphs:
+            self.graphs.add(graph)
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    @torch.no_grad()
+    def _backward_ended(self) -> None:
+        """Whoever reads gradients after the last backward of a step sees the mean, as with DDP: of parameters that got none, too."""
+        if torch._C._current_autograd_node() is not None:
+            return  # a reentrant checkpoint's, within a backward that goes on
+        self.passes += 1
+        if self.passes == len(self.replicas.models) * self.replicas.accumulate:
+            self._send_all()
+        if self.first_unsent == len(self.buckets):
+            self.settle()
+
+    def _send_all(self) -> None:
+        while self.first_unsent < len(self.buckets):
+            self._send()
 
     def _send(self) -> None:
         bucket = self.buckets[self.first_unsent]
