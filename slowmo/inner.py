@@ -8,6 +8,7 @@ needs a rank of its own.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,7 @@ def inner_optimizer(
     elementwise: default by class. Raises ValueError for something else than an optimizer over these parameters, and for one that is not
     elementwise where a rank hosts several workers.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"the optimizer is a {type(optimizer).__name__}: build a torch.optim optimizer over model.parameters()")
+    check(optimizer)
     group_of = {p: k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for segment in replicas.segments:
         for p, _, _ in segment.members[: len(segment.places)]:
@@ -43,6 +43,8 @@ def inner_optimizer(
     name = type(optimizer).__name__
     if elementwise is None:
         elementwise = type(optimizer) in ELEMENTWISE
+    if elementwise and hasattr(optimizer, "eval"):
+        raise ValueError(f"{name} swaps weights by its own state in eval() and train(), which rows do not have: leave elementwise out")
     if elementwise:
         return SegmentOptimizer(optimizer, replicas)
     if len(replicas.models) > 1:
@@ -56,6 +58,16 @@ def inner_optimizer(
             "elementwise=True (slowmo/inner.py tells what that promises)"
         )
     return WholeOptimizer(optimizer, replicas)
+
+
+def check(optimizer: Any) -> None:
+    """ValueError for what is no optimizer, or one whose step needs several evaluations."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"the optimizer is a {name}: build a torch.optim optimizer over model.parameters()")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"{name} evaluates the loss several times in a step, workers exchange once: choose SGD, Adam, AdamW, ...")
 
 
 class SegmentOptimizer:
