@@ -145,7 +145,7 @@ class LocalSGD:
 
     def _advance(self, bucket: Bucket) -> None:
         """Step a bucket whose gradients are final, and send it."""
-        self._optimizer_step(bucket)
+        self._update(bucket)
         if self._average:
             for segment in bucket.segments:
                 self._averages[segment] = self._start_average(segment)
@@ -164,6 +164,10 @@ class LocalSGD:
 
     def _start_average(self, segment: Segment) -> Callable[[], torch.Tensor]:
         return self.cluster.mean(segment.x.detach(), wait=False)
+
+    def _update(self, bucket: Bucket) -> None:
+        """Line 4."""
+        self._optimizer_step(bucket)
 
     def _optimizer_step(self, bucket: Bucket) -> None:
         """x <- x - γd, in place. The gradients are spent."""
@@ -269,14 +273,15 @@ class SGP(LocalSGD):
         elif self.gossip_buffers and self._average == "maintain":
             self._weights, _ = self._mixing()
 
+    def _update(self, bucket: Bucket) -> None:
+        surplus = [] if self.regular else [segment.x * (1 - 1 / self.w) for segment in bucket.segments]
+        self._optimizer_step(bucket)
+        for segment, part in zip(bucket.segments, surplus):  # (w z - γd) / w, of z - γd
+            segment.x.div_(self.w).add_(part)
+
     def _advance(self, bucket: Bucket) -> None:
-        surplus = [None if self.regular else segment.x * (1 - 1 / self.w) for segment in bucket.segments]
-        super()._advance(bucket) if self.regular else self._optimizer_step(bucket)
-        for segment, part in zip(bucket.segments, surplus):
-            if part is not None:  # (w z - γd) / w, of z - γd
-                segment.x.div_(self.w).add_(part)
-                if self._average:
-                    self._averages[segment] = self._start_average(segment)
+        super()._advance(bucket)
+        for segment in bucket.segments:
             if not self._average:
                 self._arrivals[segment, "z"] = self._send(segment, "z", segment.x)
             if self.gossip_buffers and self._average in (None, "maintain"):
