@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from slowmo.buckets import Bucket, Handover, Segment
+from slowmo.buckets import Bucket, Handover, Segment, start_mean
 from slowmo.cluster import Pending
 from slowmo.inner import inner_optimizer
 from slowmo.replicas import Replicas
@@ -181,24 +181,9 @@ class LocalSGD:
                 segment.written()
 
     def _start_mean(self, bucket: Bucket) -> Pending:
-        """Start the mean of a bucket's gradients: over all workers, every row then holds it, or over this worker's ranks."""
+        """Of a bucket's gradients: over all workers, or over this worker's ranks."""
         count = self.cluster.world_size * len(self.replicas.models) if self._all_workers else self.cluster.worker_size
-        parts, waits = [], []
-        for segment in bucket.segments:
-            part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
-            part.div_(count)  # now, while backward still runs
-            parts.append(part)
-            waits.append(self.cluster.all_reduce(part, inside=not self._all_workers, wait=False))
-
-        def wait() -> None:
-            for finish in waits:
-                finish()
-            for segment, part in zip(bucket.segments, parts):
-                if len(segment.grad) > 1:
-                    segment.grad.copy_(part)
-            parts.clear()
-
-        return Pending(wait, lambda: all(finish.is_completed() for finish in waits))
+        return start_mean(bucket, self.cluster, count, inside=not self._all_workers)
 
 
 class AllReduce(LocalSGD):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.graph import increment_version
 
-from slowmo.cluster import Pending
+from slowmo.cluster import Cluster, Pending
 
 if TYPE_CHECKING:
     from slowmo.replicas import Replicas
@@ -189,6 +189,26 @@ def is_dense(p: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def start_mean(bucket: Bucket, cluster: Cluster, count: int, inside: bool) -> Pending:
+    """Start the mean of a bucket's gradients over `count` rows, of all ranks or of those `inside` a worker; every row then holds it."""
+    parts, waits = [], []
+    for segment in bucket.segments:
+        part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
+        part.div_(count)  # now, while backward still runs
+        parts.append(part)
+        waits.append(cluster.all_reduce(part, inside=inside, wait=False))
+
+    def wait() -> None:
+        for finish in waits:
+            finish()
+        for segment, part in zip(bucket.segments, parts):
+            if len(segment.grad) > 1:
+                segment.grad.copy_(part)
+        parts.clear()
+
+    return Pending(wait, lambda: all(finish.is_completed() for finish in waits))
 
 
 class Handover:
