@@ -145,7 +145,7 @@ def iteration(run: str, compute: float, size: float, links: Links, early: bool =
 
 
 def buckets(size: float, full: float = BUCKET) -> list[float]:
-    """Bytes of AllReduce's buckets, as slowmo/buckets.py makes them: the first is small, each at most twice the one before, the last two halves."""
+    """Bytes of AllReduce's buckets, as slowmo/buckets.py makes them: a small one, each at most twice the one before, two halves."""
     parts, left, least = [], size, full / 25
     while left >= 1:
         parts.append(min(left, least))
