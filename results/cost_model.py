@@ -145,12 +145,12 @@ def iteration(run: str, compute: float, size: float, links: Links, early: bool =
 
 
 def buckets(size: float, full: float = BUCKET) -> list[float]:
-    """Bytes of AllReduce's buckets, as slowmo/base.py makes them: the first is small, the last two are halves."""
+    """Bytes of AllReduce's buckets, as slowmo/buckets.py makes them: a small one, each at most twice the one before, two halves."""
     parts, left, least = [], size, full / 25
     while left >= 1:
         parts.append(min(left, least))
         left -= parts[-1]
-        least = min(full, max(left, full) / 2)
+        least = min(2 * parts[-1], full, max(left, full) / 2)
     return parts
 
 

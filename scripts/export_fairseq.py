@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from experiments.runner import build, run_dir
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments.runner import build, run_dir  # noqa: E402
 
 
 def export(task, models: list[Path], path: Path) -> None:

@@ -16,12 +16,12 @@ the average is the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 
-from slowmo.buckets import Bucket, Handover, Segment
+from slowmo.buckets import Bucket, Handover, Segment, start_mean
 from slowmo.cluster import Pending
 from slowmo.inner import inner_optimizer
 from slowmo.replicas import Replicas
@@ -85,11 +85,10 @@ class LocalSGD:
         elif not self.overlap:
             self.inner.pull()  # a scheduler may have moved since
         self.handover.finish(self.inner.step_all)
-        self._land()
-        self.inner.push()
-        for segment in self.replicas.segments:
+        for segment in self._landed():
             segment.zero_grads()
             segment.written()
+        self.inner.push()
         self.replicas.remember()
         self.steps += 1
 
@@ -146,13 +145,14 @@ class LocalSGD:
 
     def _advance(self, bucket: Bucket) -> None:
         """Step a bucket whose gradients are final, and send it."""
-        self._optimizer_step(bucket)
+        self._update(bucket)
         if self._average:
             for segment in bucket.segments:
                 self._averages[segment] = self._start_average(segment)
 
-    def _land(self) -> None:
-        """When all buckets have advanced: wait for what was sent."""
+    def _landed(self) -> Iterable[Segment]:
+        """When all buckets have advanced: each segment, as soon as what was sent to it has come."""
+        return self.replicas.segments
 
     def _early(self) -> bool:
         """Whether buckets may advance during backward in this step."""
@@ -164,6 +164,10 @@ class LocalSGD:
 
     def _start_average(self, segment: Segment) -> Callable[[], torch.Tensor]:
         return self.cluster.mean(segment.x.detach(), wait=False)
+
+    def _update(self, bucket: Bucket) -> None:
+        """Line 4."""
+        self._optimizer_step(bucket)
 
     def _optimizer_step(self, bucket: Bucket) -> None:
         """x <- x - γd, in place. The gradients are spent."""
@@ -177,24 +181,9 @@ class LocalSGD:
                 segment.written()
 
     def _start_mean(self, bucket: Bucket) -> Pending:
-        """Start the mean of a bucket's gradients: over all workers, every row then holds it, or over this worker's ranks."""
+        """Of a bucket's gradients: over all workers, or over this worker's ranks."""
         count = self.cluster.world_size * len(self.replicas.models) if self._all_workers else self.cluster.worker_size
-        parts, waits = [], []
-        for segment in bucket.segments:
-            part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
-            part.div_(count)  # now, while backward still runs
-            parts.append(part)
-            waits.append(self.cluster.all_reduce(part, inside=not self._all_workers, wait=False))
-
-        def wait() -> None:
-            for finish in waits:
-                finish()
-            for segment, part in zip(bucket.segments, parts):
-                if len(segment.grad) > 1:
-                    segment.grad.copy_(part)
-            parts.clear()
-
-        return Pending(wait, lambda: all(finish.is_completed() for finish in waits))
+        return start_mean(bucket, self.cluster, count, inside=not self._all_workers)
 
 
 class AllReduce(LocalSGD):
@@ -269,28 +258,30 @@ class SGP(LocalSGD):
         elif self.gossip_buffers and self._average == "maintain":
             self._weights, _ = self._mixing()
 
+    def _update(self, bucket: Bucket) -> None:
+        surplus = [] if self.regular else [segment.x * (1 - 1 / self.w) for segment in bucket.segments]
+        self._optimizer_step(bucket)
+        for segment, part in zip(bucket.segments, surplus):  # (w z - γd) / w, of z - γd
+            segment.x.div_(self.w).add_(part)
+
     def _advance(self, bucket: Bucket) -> None:
-        surplus = [None if self.regular else segment.x * (1 - 1 / self.w) for segment in bucket.segments]
-        super()._advance(bucket) if self.regular else self._optimizer_step(bucket)
-        for segment, part in zip(bucket.segments, surplus):
-            if part is not None:  # (w z - γd) / w, of z - γd
-                segment.x.div_(self.w).add_(part)
-                if self._average:
-                    self._averages[segment] = self._start_average(segment)
+        super()._advance(bucket)
+        for segment in bucket.segments:
             if not self._average:
                 self._arrivals[segment, "z"] = self._send(segment, "z", segment.x)
             if self.gossip_buffers and self._average in (None, "maintain"):
                 for name, block in self.inner.blocks(segment).items():
                     self._arrivals[segment, name] = self._send(segment, name, block)
 
-    def _land(self) -> None:
-        for (segment, name), arrive in self._arrivals.items():
-            block = segment.x if name == "z" else self.inner.blocks(segment)[name]
-            arrivals = arrive()
-            block.mul_(self._weights[0])
-            for weight, arrival in zip(self._weights[1:], arrivals):
-                _add(block, weight, arrival)
-        self._arrivals = {}
+    def _landed(self) -> Iterable[Segment]:
+        for segment in self.replicas.segments:
+            for name in [name for other, name in self._arrivals if other is segment]:
+                block = segment.x if name == "z" else self.inner.blocks(segment)[name]
+                arrivals = self._arrivals.pop((segment, name))()
+                block.mul_(self._weights[0])
+                for weight, arrival in zip(self._weights[1:], arrivals):
+                    _add(block, weight, arrival)
+            yield segment
         if not self._average:
             self.w = self._next_w
 

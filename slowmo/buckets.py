@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.graph import increment_version
 
-from slowmo.cluster import Pending
+from slowmo.cluster import Cluster, Pending
 
 if TYPE_CHECKING:
     from slowmo.replicas import Replicas
@@ -149,8 +149,9 @@ class Bucket:
 def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
     """Buckets for `parameters`, a list of (name, parameter); groups: of each the number of its parameter group.
 
-    bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early; the last two are halves,
-    because no computation hides the last.
+    bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early, and each is at most twice the
+    one before, so that it stays busy where sending takes longer than computing; the last two are halves, because no computation hides the
+    last.
     """
     full = bucket_cap_mb * 2**20 / dtype.itemsize
     left = sum(p.numel() for _, p in parameters)
@@ -161,7 +162,7 @@ def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, buc
         size += parameters[index][1].numel()
         left -= parameters[index][1].numel()
         if size >= limit and left:
-            limit, size = min(full, max(left, full) / 2), 0
+            limit, size = min(2 * size, full, max(left, full) / 2), 0
             pieces.append([])
     return [Bucket(number, _segments(parameters, groups, piece, rows, dtype)) for number, piece in enumerate(pieces)]
 
@@ -190,6 +191,26 @@ def is_dense(p: torch.Tensor) -> bool:
     return True
 
 
+def start_mean(bucket: Bucket, cluster: Cluster, count: int, inside: bool) -> Pending:
+    """Start the mean of a bucket's gradients over `count` rows, of all ranks or of those `inside` a worker; every row then holds it."""
+    parts, waits = [], []
+    for segment in bucket.segments:
+        part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
+        part.div_(count)  # now, while backward still runs
+        parts.append(part)
+        waits.append(cluster.all_reduce(part, inside=inside, wait=False))
+
+    def wait() -> None:
+        for finish in waits:
+            finish()
+        for segment, part in zip(bucket.segments, parts):
+            if len(segment.grad) > 1:
+                segment.grad.copy_(part)
+        parts.clear()
+
+    return Pending(wait, lambda: all(finish.is_completed() for finish in waits))
+
+
 class Handover:
     """Hands buckets on, each once per step and all ranks in the same order: while backward runs, or what is left in `finish`.
 
@@ -208,6 +229,7 @@ class Handover:
         self.armed, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list[Pending] = []
         self.missing: list[int] = []
+        self.passes, self.graphs = 0, set[int]()  # backward passes of this step that have ended; those that have begun, by torch's number
 
     def arm(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
         """A step begins."""
@@ -219,14 +241,13 @@ class Handover:
         if self.half_done:
             raise RuntimeError("backward has begun a step that was not finished: call step() after each, or choose overlap=False")
         self.settle()
-        self.first_unsent, self.waits, self.touched = 0, [], False
+        self.first_unsent, self.waits, self.touched, self.passes, self.graphs = 0, [], False, 0, set()
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
     def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
         """Hand on everything that is left. before_advancing: called when all gradients are final."""
-        while self.first_unsent < len(self.buckets):
-            self._send()
+        self._send_all()
         if before_advancing:
             self.settle()
             before_advancing()
@@ -264,9 +285,25 @@ class Handover:
         self.missing[bucket.index] -= 1
         while self.first_unsent < len(self.buckets) and self.missing[self.first_unsent] <= 0:
             self._send()
-        if during_backward and self.reduce and not self.overlap and self.first_unsent == len(self.buckets):
-            # whoever reads gradients after backward sees the mean, as with DDP
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+        graph = torch._C._current_graph_task_id()
+        if during_backward and self.reduce and not self.overlap and graph not in self.graphs:
+            self.graphs.add(graph)
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    @torch.no_grad()
+    def _backward_ended(self) -> None:
+        """Whoever reads gradients after the last backward of a step sees the mean, as with DDP: of parameters that got none, too."""
+        if torch._C._current_autograd_node() is not None:
+            return  # a reentrant checkpoint's, within a backward that goes on
+        self.passes += 1
+        if self.passes == len(self.replicas.models) * self.replicas.accumulate:
+            self._send_all()
+        if self.first_unsent == len(self.buckets):
+            self.settle()
+
+    def _send_all(self) -> None:
+        while self.first_unsent < len(self.buckets):
+            self._send()
 
     def _send(self) -> None:
         bucket = self.buckets[self.first_unsent]

@@ -8,18 +8,20 @@ needs a rank of its own.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from slowmo.buckets import Bucket, Segment
+from slowmo.buckets import Bucket, Place, Segment
 from slowmo.replicas import Replicas
 
 ELEMENTWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad,
     torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
 )  # fmt: skip
+Entries = list[tuple[str, Any]]  # of a parameter's state: names and values
 COUNTERS = ("step", "eta", "mu", "mu_product")  # the names of torch's states that are one number per parameter
 # their state before the first step is zeros, if they have one
 ZERO_STATE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.RMSprop)
@@ -33,8 +35,7 @@ def inner_optimizer(
     elementwise: default by class. Raises ValueError for something else than an optimizer over these parameters, and for one that is not
     elementwise where a rank hosts several workers.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"the optimizer is a {type(optimizer).__name__}: build a torch.optim optimizer over model.parameters()")
+    check(optimizer)
     group_of = {p: k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for segment in replicas.segments:
         for p, _, _ in segment.members[: len(segment.places)]:
@@ -43,6 +44,8 @@ def inner_optimizer(
     name = type(optimizer).__name__
     if elementwise is None:
         elementwise = type(optimizer) in ELEMENTWISE
+    if elementwise and hasattr(optimizer, "eval"):
+        raise ValueError(f"{name} swaps weights by its own state in eval() and train(), which rows do not have: leave elementwise out")
     if elementwise:
         return SegmentOptimizer(optimizer, replicas)
     if len(replicas.models) > 1:
@@ -56,6 +59,16 @@ def inner_optimizer(
             "elementwise=True (slowmo/inner.py tells what that promises)"
         )
     return WholeOptimizer(optimizer, replicas)
+
+
+def check(optimizer: Any) -> None:
+    """ValueError for what is no optimizer, or one whose step needs several evaluations."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"the optimizer is a {name}: build a torch.optim optimizer over model.parameters()")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"{name} evaluates the loss several times in a step, workers exchange once: choose SGD, Adam, AdamW, ...")
 
 
 class SegmentOptimizer:
@@ -151,13 +164,18 @@ class SegmentOptimizer:
             if row == 0:
                 self.state.pop(segment.x, None)
             for place in segment.places:
-                for key, value in entries(place.name, own):
-                    state = self.state[segment.x]
-                    if key not in state:
-                        state[key] = torch.zeros_like(segment.x, requires_grad=False, dtype=value.dtype)
-                    place.of(state[key], row).copy_(value)
-                for key, value in entries(place.name, shared):
-                    self._put_scalar(segment, key, value, place.name)
+                self._put(segment, place, row, entries(place.name, own), entries(place.name, shared))
+
+    def _put(self, segment: Segment, place: Place, row: int, own: Entries, shared: Entries) -> None:
+        """A parameter's state, of one worker. What is a number has the precision of the rows at least."""
+        for key, value in own:
+            state = self.state[segment.x]
+            if key not in state:
+                dtype = torch.promote_types(value.dtype, segment.x.dtype) if value.is_floating_point() else value.dtype
+                state[key] = torch.zeros_like(segment.x, requires_grad=False, dtype=dtype)
+            place.of(state[key], row).copy_(value)
+        for key, value in shared:
+            self._put_scalar(segment, key, value, place.name)
 
     def _put_scalar(self, segment: Segment, key: str, value: Any, name: str) -> None:
         state = self.state[segment.x]
@@ -175,16 +193,12 @@ class SegmentOptimizer:
 
     def _import(self, segment: Segment) -> None:
         """State that the optimizer has already, from steps without us, or because it fills it when it is built."""
-        for row in range(len(self.replicas.models)):
-            for place, (p, _, _) in zip(segment.places, segment.members):
-                for key, value in self.optimizer.state.get(p, {}).items():
-                    if per_element(key, value, p):
-                        state = self.state[segment.x]
-                        if key not in state:
-                            state[key] = torch.zeros_like(segment.x, requires_grad=False)
-                        place.of(state[key], row).copy_(value)
-                    elif row == 0 and value is not None:
-                        self._put_scalar(segment, key, value, place.name)
+        for place, (p, _, _) in zip(segment.places, segment.members):
+            found = [(key, value) for key, value in self.optimizer.state.get(p, {}).items() if value is not None]
+            own = [(key, value) for key, value in found if per_element(key, value, p)]
+            shared = [(key, value) for key, value in found if not per_element(key, value, p)]
+            for row in range(len(self.replicas.models)):
+                self._put(segment, place, row, own, shared)
         for p, _, _ in segment.members[: len(segment.places)]:
             self.optimizer.state.pop(p, None)
 

@@ -15,7 +15,7 @@ import torch
 from slowmo import base as bases
 from slowmo import outer
 from slowmo.cluster import Cluster
-from slowmo.inner import ELEMENTWISE, entries, per_element
+from slowmo.inner import ELEMENTWISE, check, entries, per_element
 from slowmo.replicas import Replicas, agree
 from slowmo.topology import Graph
 
@@ -53,8 +53,9 @@ class SlowMo(torch.optim.Optimizer):
             raise ValueError(f"base={base!r}: choose one of {', '.join(BASES)}")
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise ValueError("the model is wrapped in DistributedDataParallel, which averages gradients at every step: give the bare model")
-        if isinstance(optimizer, SlowMo) or not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"the optimizer is a {type(optimizer).__name__}: build a torch.optim optimizer over model.parameters()")
+        if isinstance(optimizer, SlowMo):
+            raise ValueError("the optimizer is a SlowMo: build a torch.optim optimizer over model.parameters()")
+        check(optimizer)  # before the model is anybody's
         options = {} if graph is None else {"graph": graph}
         if graph is not None and base not in ("sgp", "osgp", "dpsgd"):
             raise ValueError(f"base={base} has no graph: leave it out, or choose sgp, osgp or dpsgd")

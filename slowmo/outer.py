@@ -4,7 +4,7 @@
 
 An outer wraps a base (base.py) and has its verbs: `start(lr)` before the gradients, `step()` after them. k counts finished inner steps;
 a slow step comes after each k that τ divides. x0 is taken at the first start, before the first step. Everything is done segment by
-segment: x0 and u are `[1, d]` for each, and a slow step takes two temporaries of a segment; with exact=False these are `[n, d]`.
+segment: x0 and u are `[1, d]` for each, and a slow step takes one temporary of a segment; with exact=False `[n, d]`, and no temporary.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ class SlowMo(Average):
         self.base.restart(segment, x0, self.buffers, self.exact)        # 2  reset | maintain | average
 
     def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
-        u.mul_(self.beta).add_(x0 - x, alpha=1 / lr)                    # 7  slow momentum
+        u.mul_(self.beta).add_(_less(x0, x), alpha=1 / lr)              # 7  slow momentum
         x0.sub_(u, alpha=self.alpha * lr)                               # 8  outer iterate
 
 
@@ -134,9 +134,14 @@ class NesterovOuter(SlowMo):
     """DiLoCo's outer step (Douillard et al. 2023), to compare with: Nesterov momentum on x0 - x, not divided by the learning rate."""
 
     def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
-        delta = x0 - x
+        delta = _less(x0, x)
         u.mul_(self.beta).add_(delta)
         x0.sub_(delta.add_(u, alpha=self.beta), alpha=self.alpha)
+
+
+def _less(x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x0 - x, in the memory of x, which nobody reads again."""
+    return torch.sub(x0, x, out=x)
 
 
 Algorithm = LocalSGD | Average  # what the loop takes: a base, or an outer one over it

@@ -50,6 +50,9 @@ class VmapReplicas:
             for module, part in zip(owners, stack):
                 module._buffers[own] = torch.from_dlpack(part)
             self.buffers[f"inner.{name}"] = stack
+        # glibc gives freed memory back to the system beyond twice the largest piece it has seen freed, of 32 MB at the most, and then takes
+        # it anew page by page: for the activations of all replicas an eighth of an iteration
+        torch.empty(31 * 2**20, dtype=torch.uint8)
 
     def __call__(self, loss: Loss, batches: list[Any]) -> torch.Tensor:
         """Each replica's loss `[n]` on its batch, after backward. RuntimeError, or ValueError for batches that do not stack."""

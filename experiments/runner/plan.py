@@ -50,6 +50,7 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     for step in _some(slow) if type(algorithm) is SlowMo else ():
         if schedule(step) == 0:
             raise ValueError(f"the learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
+    drop = _drop(schedule, slow, tau) if type(algorithm) is SlowMo and algorithm.beta > 0 else None
     messages, lengths = algorithm.comm_volume()
     size, d = replicas.dtype.itemsize, sum(segment.x.shape[1] for segment in replicas.segments)
     slow_rows = len(algorithm.slow_names) * (1 if algorithm.exact else rows)
@@ -68,6 +69,8 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
         "when": early if processes > 1 else "within this process",
         "memory": round(d * size * (rows * (2 + len(names) + base.recv_buffers()) + slow_rows)),
         "rates": (schedule(0), max(schedule(s) for s in _some(range(steps))), schedule(steps - 1)),
+        "warning": drop and "the learning rate drops in the round before slow step {}: line 7 divides by the last rate, u becomes {:.3g} "
+                   "times as large; let it drop just after a slow step, each multiple of {}".format(*drop, tau),
         "device": cfg.cluster.device,
         "data": task.found(),
         "target": cfg.target,
@@ -83,9 +86,20 @@ def _algorithm(composed: Composed) -> str:
     return f"base = {chosen['base']}{graph}, outer = {chosen['outer']}" + (f" ({', '.join(kept)})" if kept else "")
 
 
-def _some(numbers: range):
+def _drop(schedule, slow: range, tau: int) -> tuple[int, float] | None:
+    """(the slow step, counted in inner steps, before which the learning rate drops most; the mean rate of its round over its last), where
+    that is more than 2. The last slow step's u is not used again."""
+    worst = (0, 2.0)
+    for step in _some(slow[:-1], LOOKS // tau):
+        mean = sum(schedule(s) for s in range(step - tau + 1, step + 1)) / tau
+        if schedule(step) and mean / schedule(step) > worst[1]:
+            worst = (step + 1, mean / schedule(step))
+    return worst if worst[0] else None
+
+
+def _some(numbers: range, looks: int = LOOKS):
     """All of them, or as many of a very long run's, evenly spread, as can be looked at; the last one is among them."""
-    return numbers[:: -max(1, len(numbers) // LOOKS)]
+    return numbers[:: -max(1, len(numbers) // max(1, looks))]
 
 
 def show(summary: dict, path) -> str:
@@ -107,6 +121,7 @@ def show(summary: dict, path) -> str:
         "device": s["device"],
         "data": s["data"],
         "learning rate": "first {:.4g}, largest {:.4g}, last {:.4g}".format(*s["rates"]),
+        "warning": s["warning"],
         "node-hours": s["hours"] is not None and f"{s['hours']:,.10g} at most, each time",
         "folder": str(path),
     }  # fmt: skip

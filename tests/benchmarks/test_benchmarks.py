@@ -37,15 +37,14 @@ def test_rows_measured_again_take_the_place_of_the_old(tmp_path):
     done = benchmarks("--only", "process: memory at its peak, Local SGD", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "data/benchmarks.csv")
-    assert len(lines) == 1 and 0.9 < lines["ratio"][0] < 1.05  # memory is no matter of time: its aim is kept
+    assert len(lines) == 1 and 0.9 < lines["ratio"][0] <= 1.04  # memory is no matter of time: its aim is kept
     pd.concat([lines.assign(ratio=99.0), lines.assign(what="no more")]).to_csv(tmp_path / "data/benchmarks.csv", index=False)
     done = benchmarks("--only", "process: memory at its peak", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "data/benchmarks.csv")
-    # OSGP's gradients are formed while a message travels, so that takes a block of its own
-    assert len(lines) == 3 and (lines["ratio"] < [1.05, 1.05, 1.4]).all() and done.stdout.count(": ok") == 2
+    assert len(lines) == 3 and (lines["ratio"] <= lines["aim"]).all() and done.stdout.count(": ok") == 3
     text = timing.benchmarks(Store(tmp_path))
-    assert text.count("| memory at its peak, ") == 3 and text.count("(!) |") == 1
+    assert text.count("| memory at its peak, ") == 3 and not text.count("(!) |")
 
 
 @root

@@ -524,3 +524,24 @@ class TestNonsense:
             self.said(words, tmp_path, capfd, monkeypatch)
         with capfd.disabled():
             print(f"\nnonsense: {len(cases)} trials, 0 failures")
+
+
+@pytest.mark.parametrize(
+    "milestone, options, words",
+    [
+        (11, (), "before slow step 12: .* u becomes 9.25 times as large; .* each multiple of 12"),
+        (18, (), "before slow step 24: .* u becomes 5.5 times"),
+        (12, (), None),  # just after a slow step
+        (35, (), None),  # before the last: nothing uses its u again
+        (11, ("outer.beta=0",), None),
+        (11, ("outer=average", "outer.tau=12"), None),
+    ],
+)
+def test_a_learning_rate_that_drops_within_a_round_is_warned_of(tmp_path, milestone, options, words):
+    given = ("task=quadratic", "steps=36", "workers=4", "outer.tau=12", "schedule=step", f"schedule.milestones=[{milestone}]")
+    done = command(*given, *options, "dry_run=true", cwd=tmp_path)
+    assert done.codes == [0], done.text
+    lines = [line for line in done.out.splitlines() if line.startswith("warning")]
+    assert len(lines) == (words is not None)
+    if words:
+        match(lines[0], words)

@@ -42,12 +42,13 @@ def test_iterations_by_hand():
     assert of("osgp") == pytest.approx(3) and seconds("imagenet_osgp", 0.5, MB, SLOW) == pytest.approx(1.1)
     assert of("double_averaging_sgp") == pytest.approx(3 + 2 * 1.1 * 47 / 48 + 2 * ring / 48)
     assert of("ar_sgd") == pytest.approx(3 + ring)
-    # during backward, 1 to 3: these buckets are there at 1.04, 2.02, 2.52 and 3, and take 0.63, 1.335, 0.975 and 0.96
-    assert cost_model.buckets(MB, 0.5 * MB) == pytest.approx([0.02 * MB, 0.49 * MB, 0.25 * MB, 0.24 * MB])
-    assert of("ar_sgd", early=True, bucket=0.5 * MB) == pytest.approx(2.02 + 1.335 + 0.975 + 0.96)
+    # during backward, 1 to 3: these buckets are there at 1.04, 1.12, 1.28, 1.6, 2.24, 2.74 and 3, and take 0.6 and 1.5 times their size;
+    # the wire is busy from 1.04 on
+    assert cost_model.buckets(MB, 0.5 * MB) == pytest.approx([size * MB for size in (0.02, 0.04, 0.08, 0.16, 0.32, 0.25, 0.13)])
+    assert of("ar_sgd", early=True, bucket=0.5 * MB) == pytest.approx(1.04 + 7 * 0.6 + 1.5)
     assert of("ar_sgd", early=True, bucket=25 * MB) == pytest.approx(3 + ring)  # one bucket
-    # SGP's messages of these buckets take 0.12, 0.59, 0.35 and 0.34: only the last is waited for
-    assert of("sgp", overlap=True, bucket=0.5 * MB) == pytest.approx(3 + 0.34)
+    # SGP's messages of these buckets take 0.1 and their size: the last two are waited for
+    assert of("sgp", overlap=True, bucket=0.5 * MB) == pytest.approx(2.74 + 0.35 + 0.23)
     assert of("local_sgd", overlap=True, bucket=0.5 * MB) == pytest.approx(3 + (of("ar_sgd", early=True, bucket=0.5 * MB) - 3) / 12)
 
 

@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import shutil
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -522,6 +526,52 @@ STRANGERS = {
 }
 
 
+class Twice(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, say."""
+
+    def step(self, closure):
+        raise AssertionError("never called")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, lambda params: Twice(params, {"lr": 0.1})])
+def test_an_optimizer_that_evaluates_several_times_is_refused_before_the_model_is_touched(kind):
+    model = _matrices()
+    optimizer, memory = kind(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(ValueError, match="evaluates the loss several times in a step, .* choose SGD, Adam"):
+        slowmo.SlowMo(model, optimizer)
+    assert [p.data_ptr() for p in model.parameters()] == memory
+    replicas = slowmo.Replicas(model, slowmo.Cluster(2))
+    with pytest.raises(ValueError, match="evaluates the loss several times"):
+        slowmo.LocalSGD(replicas, optimizer, elementwise=True)
+
+
+def test_schedule_free_steps_as_it_is_and_its_swaps_are_seen():
+    """schedulefree by Defazio et al.: eval() and train() of the optimizer itself write the weights."""
+    schedulefree = pytest.importorskip("schedulefree")
+    rows = []
+    for ours in (True, False):
+        model = _matrices()
+        inner = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.01, foreach=False)
+        optimizer = slowmo.SlowMo(model, inner, tau=10**6) if ours else inner
+        inner.train()
+        for step in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+        rows.append(weights(model))
+        inner.eval()
+        rows.append(weights(model))
+        inner.train()
+        if ours:
+            with pytest.raises(RuntimeError, match="call rebase"):
+                model(torch.ones(1, 7, dtype=torch.float64))
+            optimizer.rebase()
+            model(torch.ones(1, 7, dtype=torch.float64))
+    assert torch.equal(rows[0], rows[2]) and torch.equal(rows[1], rows[3]) and not torch.equal(rows[0], rows[1])
+    with pytest.raises(ValueError, match="leave elementwise out"):
+        slowmo.SlowMo(model := _matrices(), schedulefree.SGDScheduleFree(model.parameters()), elementwise=True)
+
+
 def _matrices():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
@@ -796,3 +846,23 @@ def test_a_wrapper_that_borrows_the_class_sees_the_same_optimizer():
     with borrowed.no_sync():
         pass
     borrowed.zero_grad()
+
+
+def test_the_wheel_is_the_library_alone(tmp_path):
+    """Built without a network, imported from where nothing else is."""
+    root = Path(__file__).parent.parent.parent
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / part, tmp_path)
+    for part in ("slowmo", "experiments", "results", "benchmarks", "tests", "scripts"):
+        shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "-q", "-w", tmp_path / "wheels", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    target = tmp_path / "alone"
+    zipfile.ZipFile(wheel).extractall(target)
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"slowmo"}
+    assert (target / "slowmo/py.typed").exists()
+    # -I: neither the checkout nor the folder we are in
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); import slowmo, slowmo.train; print(slowmo.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(target / "slowmo/__init__.py")

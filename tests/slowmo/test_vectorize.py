@@ -1,6 +1,9 @@
 """All replicas in one computation: the same losses, gradients and buffers as one after another, or not at all."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,3 +191,23 @@ def test_a_run_takes_the_same_way_wherever_it_goes_on():
     for workers in (2, 4):
         replicas, _ = build(quadratic(4), workers, "local_sgd")
         assert vectorized(replicas, quadratic(4).loss, next(quadratic(4).batches(0, [0], (0, 1)))) is not None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_the_memory_of_an_iteration_is_there_for_the_next():
+    """In a process of its own: what others have freed before decides what the allocator keeps."""
+    script = """
+import resource, torch, slowmo
+from torch.nn import functional as F
+from experiments.cifar10 import ResNet
+from slowmo.vectorize import VmapReplicas
+torch.set_num_threads(1)
+at_once = VmapReplicas(slowmo.Replicas(ResNet([1, 1, 1, 0], 16), slowmo.Cluster(32)))
+batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,)))] * 32
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    at_once(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batches)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert pages < 200  # 800 and more where they are given back
