@@ -18,7 +18,23 @@ import pandas as pd
 from results import inference
 from results.store import COLUMNS as LISTS
 from results.store import NETWORK, Runs, Store
-from results.tables import BLEU, BLEU_TEST, LABELS, LAST, LOSS_LAST, LOSS_TIERS, NLL, SMALL, TEXT, TITLES, sweep, table1, varied
+from results.tables import (
+    BLEU,
+    BLEU_TEST,
+    LABELS,
+    LAST,
+    LOSS_LAST,
+    LOSS_TIERS,
+    NLL,
+    SMALL,
+    TEXT,
+    TITLES,
+    estimate,
+    format_estimate,
+    run_name,
+    sweep,
+    table1,
+)
 
 SUPPORTED, CONTRADICTED, EQUIVALENT, UNDECIDED, NOT_RUN = "supported", "contradicted", "equivalent", "undecided", "not run"
 PRIMARY, SECONDARY = "primary", "secondary"
@@ -26,7 +42,7 @@ COST, OURS = "cost", "question of ours"
 COMPUTED = "computed"
 PACE = 5.0  # per cent of an iteration
 # what counts as on par: per cent, BLEU, a tenth of a training loss, NLL
-MARGINS = {LAST.name: 1.0, BLEU.name: 0.5, BLEU_TEST.name: 0.5, LOSS_LAST.name: math.log(1.1), NLL[True][1].name: 0.03}
+MARGINS = {LAST.name: 1.0, BLEU.name: 0.5, BLEU_TEST.name: 0.5, LOSS_LAST.name: math.log(1.1), NLL[True][0].name: 0.03}
 ROOT = Path(__file__).parent.parent
 COLUMNS = LISTS["claims"]
 
@@ -110,12 +126,8 @@ class Judgement:
     def estimate(self, part: Part, runs: Runs, data: str, seeds: int) -> inference.Estimate:
         """With the first so many seeds of each cell. Losses are paired, and training losses compared as ratios; the others are pooled."""
         terms = [(sign, self.cells[run][part.metric].iloc[:seeds]) for sign, run in part.terms]
-        if part.metric == LOSS_LAST.name:
-            return inference.paired([(sign, np.log(cell)) for sign, cell in terms])
-        if part.metric not in (LAST.name, BLEU.name, BLEU_TEST.name):
-            return inference.paired(terms)
         done = (runs.values(f"{data}_{cell}", part.metric) for cell in table1(data))
-        return inference.pooled(terms, [cell[cell.index > 0].iloc[:seeds] for cell in done])
+        return estimate(terms, part.metric, [cell[cell.index > 0].iloc[:seeds] for cell in done])
 
     def tests(self, estimates) -> tuple[float, float, float]:
         """p that the claim holds, that it does not, that there is no difference to speak of."""
@@ -142,7 +154,7 @@ class Judgement:
             return self.diverged
         if not self.estimates:
             return f"{self.seeds} seed" if self.seeds else "no runs"
-        said = "; ".join(f"{part.what} {shown(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
+        said = "; ".join(f"{part.what} {format_estimate(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
         verdict, wanted = self.verdict(level), ""
         if verdict == UNDECIDED and not self.claim.turns:
             most = max(e.seeds_for(part.low, part.high) for e, part in zip(self.estimates, self.claim.parts))
@@ -156,14 +168,6 @@ def seeds_of(runs: Runs, run: str, metric: str) -> pd.DataFrame:
     """A cell's runs by seed, those that diverged or have the metric; seeds below 1 are for tuning."""
     lines = runs.of(run)
     return lines[(lines.index > 0) & ((lines["status"] == "diverged") | lines[metric].notna())]
-
-
-def shown(e: inference.Estimate, metric: str) -> str:
-    """An estimate and its 95% interval; of training losses as a ratio."""
-    if metric == LOSS_LAST.name:
-        ratio, low, high = (math.exp(value) for value in (e.mean, e.mean - e.half(), e.mean + e.half()))
-        return f"× {ratio:.3g} ({low:.3g} to {high:.3g})"
-    return f"{e.mean:+.3g} ± {e.half():.2g}".replace("-", "−")
 
 
 def on_links(lines: pd.DataFrame) -> pd.DataFrame:
@@ -248,7 +252,7 @@ def claims(data: str):
     if not SMALL.get(data, data).startswith("imagenet"):
         yield Claim(f"SGP with SlowMo is ahead of {LABELS['ar_adam' if text else 'ar_sgd']} in {word}", quality_kind,
                     (better("SGP + SlowMo over AllReduce", slow, reduce, quality),))  # fmt: skip
-    near = NLL[True][1] if text else main
+    near = NLL[True][0] if text else main
     yield Claim(f"noaverage matches SGP with SlowMo (within {within(near)})", SECONDARY,
                 (same("noaverage", name("sgp_noaverage"), slow, near),))  # fmt: skip
     if not text:
@@ -260,7 +264,7 @@ def claims(data: str):
     yield Claim("τ is not monotone for SGP with SlowMo", SECONDARY, tuple(
         better(f"τ = {high} over {low}", more, less) for (low, less), (high, more) in itertools.pairwise(steps)), turns=True)  # fmt: skip
     yield Claim(f"larger τ than 12 hurts {LABELS[bases[0]]} with SlowMo", SECONDARY,
-                (better("τ = 12 over 48", varied(local, "tau", 12), varied(local, "tau", 48)),))  # fmt: skip
+                (better("τ = 12 over 48", run_name(local, tau=12), run_name(local, tau=48)),))  # fmt: skip
     longest, run = steps[-1]
     yield Claim(f"τ = {longest} still beats SGP alone", SECONDARY, (better(f"τ = {longest} over SGP", run, name("sgp")),))
     yield Claim(f"AllReduce gains nothing from SlowMo (within {within(main)})", SECONDARY,
@@ -282,7 +286,7 @@ def judge(parts, level: float = inference.LEVEL) -> tuple[str, str, str]:
             return NOT_RUN, f"{what}: fewer than two measurements", ""
         e = inference.Estimate(float(values.mean()), float(values.std()), len(values), len(values) - 1)
         p.append((e.within(low, high), e.outside(low, high)))
-        said.append(f"{what} {shown(e, '')}")
+        said.append(f"{what} {format_estimate(e, '')}")
     support, against = max(one for one, _ in p), len(p) * min(other for _, other in p)
     verdict = SUPPORTED if support < level else CONTRADICTED if against < level else UNDECIDED
     return verdict, "; ".join(said), "; ".join(part[-1] for part in parts)

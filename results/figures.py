@@ -48,7 +48,7 @@ def save(figure, out: Path, name: str) -> None:
 
 def measure(data: str):
     """What the vertical axis shows."""
-    return NLL[True][0] if data in TEXT else ACCURACY
+    return NLL[True][1] if data in TEXT else ACCURACY
 
 
 def styled(cell: str, data: str) -> dict:

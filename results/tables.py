@@ -1,8 +1,8 @@
-"""runs.csv and paper.yaml -> the paper's tables with ours beside them: results/tables/tables.md, .tex and .csv, and the README's blocks.
+"""runs.csv and paper.yaml -> the paper's tables with ours beside them: tables/tables.md, .tex and .csv, and the blocks of README and docs.
 
-A layout is data: which runs stand in which rows, which columns of runs.csv are shown. A run is named as its folder is, so that its name
-gives the command. Numbers of the paper's data stand beside the paper's; a stand-in's never do: there SlowMo's change is compared.
-A user's own runs stand beside the published ones: yours, ours, the paper's.
+A table answers one question in at most six columns; tables.csv has all there is. A layout is data: which runs stand in which rows, which
+columns of runs.csv are shown. A run is named as its folder is, so that its name gives the command. Numbers of the paper's data stand beside
+the paper's; a stand-in's never do: there SlowMo's change is compared. A user's own runs stand beside the published ones.
 """
 
 import dataclasses
@@ -10,10 +10,12 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pandas as pd
 import yaml
 from scipy import stats
 
+from results import inference
 from results.store import PUBLISHED, Runs, Store, save
 
 PAPER = PUBLISHED.folder / "paper.yaml"
@@ -40,16 +42,16 @@ VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo
 TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam")
 SWEEPS = {"tau": (12, 24, 48, 96), "alpha": (0.5, 0.75, 1.0), "beta": (0.2, 0.4, 0.6, 0.8), "buffers": ("reset", "maintain", "average")}
 SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
-WHEN = "best is over training, last of the last step."
+MEASURED = "mean ± standard deviation over seeds (their number)"
 RULES = {  # of the paper's data, of a stand-in
-    False: "ours: mean ± standard deviation over seeds (their number). difference: ours less the paper's. mark: *agrees* where the paper's "
-    "number lies within the 95% prediction interval for a mean of as many seeds as the paper had, else *above* or *below*; *one seed* "
-    f"allows no interval. {WHEN}",
-    True: "ours: mean ± standard deviation over seeds (their number). change: against SlowMo's base, in a sweep against its reference, "
-    "paired by seed, ± half its 95% confidence interval. mark: *as the paper* or *against the paper* where that interval excludes zero, "
-    f"else *open*. {WHEN}",
+    False: f"{MEASURED}, best over training as the paper reports. *agrees*: the paper's number lies within the 95% prediction interval for "
+    "a mean of as many seeds as the paper had; else *above* or *below*; one seed allows no interval.",
+    True: f"{MEASURED}. change: SlowMo less its base, in a sweep less its reference, ± half the 95% confidence interval; a training loss "
+    "over its base's, with the interval. The paper's change is of best values, on its own data.",
 }
-NOTES: dict[str, dict[str, str]] = {}  # by data and table: what a reader must know to read it
+
+
+WHOLE = ("table1", "best", "nll", "table2")  # tables that are about Table 1's cells; in the others these are there for comparison
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,8 @@ LOSS_LAST = Metric("train_loss_last", "training loss, last", 3, False)
 LAST = Metric("accuracy_last", "accuracy, last", 2)
 BLEU, BLEU_TEST = Metric("bleu_valid", "BLEU, validation", 2), Metric("bleu_test", "BLEU, test", 2)
 NLL = {
-    False: (Metric("nll_best", "NLL, best", 3, False), Metric("nll_last", "NLL, last", 3, False)),
-    True: (Metric("nll_base2_best", "NLL in base 2, best", 3, False), Metric("nll_base2_last", "NLL in base 2, last", 3, False)),
+    False: (Metric("nll_last", "NLL, last", 3, False), Metric("nll_best", "NLL, best", 3, False)),
+    True: (Metric("nll_base2_last", "NLL in base 2, last", 3, False), Metric("nll_base2_best", "NLL in base 2, best", 3, False)),
 }
 TIME = Metric("milliseconds", "ms an iteration", 0, False)
 
@@ -87,56 +89,52 @@ class Table:
 
 @functools.cache
 def layout(data: str) -> tuple[Table, ...]:
-    """Every table of one data set."""
-    text, cells = data in TEXT, table1(data)
+    """Every table of one data set: its own outcome first, of the last step; of the paper's data what the paper reports."""
+    text, small, cells = data in TEXT, data in SMALL, table1(data)
     names = tuple(cell for cell in LABELS if (CONFIGS / f"experiment/{data}_{cell}.yaml").exists())
     reference = {f"slowmo_{cell}": cell for cell in cells} | {"sgp_noaverage": "slowmo_sgp"}
     reference |= {name: name.replace("double_averaging", "slowmo") for name in names if name.startswith("double")}
+    every, local = cells[-1], "local_adam" if text else "local_sgd"
 
     def row(cell):
         against = reference.get(cell)
         return LABELS[cell], f"{data}_{cell}", against and f"{data}_{against}"
 
-    metrics = (LOSS, BLEU, BLEU_TEST) if text else (LOSS, ACCURACY, LAST)
-    more = metrics[1:2] + NLL[text][:1] + metrics[:1]
-    seeds = SEEDS.get(data, 1)
-    few = 1 if data in ("imagenet", "wmt16", "imagenet_small") else 3
-    local = "local_adam" if text else "local_sgd"
-    made = [
-        Table("table1", data, "Table 1", tuple(row(cell) for cell in cells), metrics, seeds),
-        Table("nll", data, "Validation NLL", tuple(row(cell) for cell in cells), NLL[text], seeds),
-        Table("table2", data, "Table 2" + " (in one process, no network)" * (data in SMALL), tuple(row(c) for c in LABELS if c in names),
-              (TIME,), few),
-        Table("noaverage", data, "noaverage", tuple(row(c) for c in ("sgp", "slowmo_sgp", "sgp_noaverage") if c in names), more, few),
-        Table("double", data, "double-averaging", tuple(row(c) for base in ("sgp", "local_sgd")
-              for c in (base, f"slowmo_{base}", f"double_averaging_{base}") if f"double_averaging_{base}" in names), more, few),
-    ]  # fmt: skip
-    slow = f"{data}_slowmo_sgp"
+    best, last = (BLEU if text else ACCURACY, LOSS), (BLEU_TEST if text else LAST, LOSS_LAST)
+    shown = (last if data not in LOSS_TIERS else last[::-1]) if small else best
+    seeds, few = SEEDS.get(data, 1), 1 if data in ("imagenet", "wmt16", "imagenet_small") else 3
+    one = tuple(row(cell) for cell in cells)
+    made = [Table("table1", data, "Table 1", one, shown, seeds)]
+    made += [Table("best", data, "Table 1, best over training", one, best, seeds)] if small else []
+    made += [Table("nll", data, "Validation NLL", one, NLL[text], seeds)]
+    made += [Table("table2", data, "Table 2", tuple(row(c) for c in LABELS if c in names), (TIME,), few)] if not small else []
+
+    def some(key, title, rows):
+        """With AllReduce for comparison."""
+        rows = [*rows, *([row(every)] if all(run != f"{data}_{every}" for _, run, _ in rows) else [])]
+        made.append(Table(key, data, title, tuple(rows), shown, few))
+
+    some("noaverage", "Without exact averages", [row(c) for c in ("sgp", "slowmo_sgp", "sgp_noaverage") if c in names])
+    double = [base for base in ("sgp", "local_sgd") if f"double_averaging_{base}" in names]
+    if double:
+        some("double", "Double-averaging", [row(c) for base in double for c in (base, f"slowmo_{base}", f"double_averaging_{base}")])
+    slow, other = f"{data}_slowmo_sgp", f"{data}_slowmo_{local}"
     for key in SWEEPS:
         first = f"{data}_sgp" if key == "tau" else slow
         rows = [(f"SGP + SlowMo, {SIGNS[key]} = {value}", run, first) for value, run in sweep(data, key)]
         rows = [(label, run, None if run == first else against) for label, run, against in rows]
         if key == "tau":
-            other = f"{data}_slowmo_{local}"
             start, far = default(other, "tau"), 48
             rows = [(LABELS["sgp"], first, None), *rows, (f"{LABELS[f'slowmo_{local}']}, τ = {start}", other, None),
-                    (f"{LABELS[f'slowmo_{local}']}, τ = {far}", varied(other, "tau", far), other)]  # fmt: skip
-        made.append(Table(key, data, f"{SIGNS[key]} varied", tuple(rows), more, few))
-    allreduce = f"{data}_{cells[-1]}"
-    rows = ((LABELS[cells[-1]], allreduce, None),
-            (f"{LABELS[cells[-1]]} + SlowMo, β = 0.4", f"{allreduce},outer=slowmo,outer.beta=0.4", allreduce))  # fmt: skip
-    made.append(Table("allreduce", data, "SlowMo over AllReduce", rows, more, few))
-    if data == "cifar10_small":
-        rows = [(f"{LABELS[cell]}{words}", f"{data}_{cell}{overrides}", f"{data}_{cell}" if overrides else None)
-                for cell in ("sgp", "slowmo_sgp", "osgp", "slowmo_osgp")
-                for words, overrides in (("", ""), (", messages in bfloat16", ",base.messages=bfloat16"))]  # fmt: skip
-        made.append(Table("messages", data, "Messages in bfloat16", tuple(rows), more, few))
-        # where AllReduce is best, which in the paper it is not
-        settings = (("", ""), (", batch 32 a worker", ",data.train=12288,task.batch_size=1024"), (", 4800 iterations", ",steps=4800"))
-        rows = [(f"{LABELS[cell]}{words}", f"{data}_{cell}{overrides}", against and f"{data}_{against}{overrides}")
-                for words, overrides in settings for cell, against in (("ar_sgd", None), ("sgp", "ar_sgd"))]  # fmt: skip
-        made.append(Table("distance", data, "How far SGP is from AR-SGD", tuple(rows), more, 1))
-    return tuple(table for table in made if table.rows)
+                    (f"{LABELS[f'slowmo_{local}']}, τ = {far}", run_name(other, tau=far), other)]  # fmt: skip
+        if key == "buffers" and data in LOSS_TIERS:
+            rows = [(f"{LABELS[cell]}, τ = {tau}, {kind}", run_name(f"{data}_{cell}", buffers=kind, tau=tau),
+                     None if kind == "reset" else run_name(f"{data}_{cell}", tau=tau))
+                    for cell in ("slowmo_sgp", f"slowmo_{local}") for tau in (12, 48) for kind in SWEEPS["buffers"]]  # fmt: skip
+        some(key, f"{SIGNS[key]} varied", rows)
+    some("allreduce", "SlowMo over AllReduce", [row(every), (f"{LABELS[every]} + SlowMo, β = 0.4",
+                                                            f"{data}_{every},outer=slowmo,outer.beta=0.4", f"{data}_{every}")])  # fmt: skip
+    return tuple(made)
 
 
 def table1(data: str) -> tuple[str, ...]:
@@ -149,7 +147,7 @@ def sweep(data: str, key: str) -> list[tuple]:
     slow = f"{data}_slowmo_sgp"
     more = (192,) if data in TEXT and key == "tau" else ()  # the paper's longest for translation
     values = sorted({*SWEEPS[key], *more, default(slow, key)}, key=str if key == "buffers" else float)
-    return [(value, varied(slow, key, value)) for value in values]
+    return [(value, run_name(slow, **{key: value})) for value in values]
 
 
 @functools.cache
@@ -159,9 +157,10 @@ def default(experiment: str, key: str):
     return own.get(key, yaml.safe_load((CONFIGS / "outer/slowmo.yaml").read_text())[key])
 
 
-def varied(experiment: str, key: str, value) -> str:
-    """The name of an experiment's run with another `outer.<key>`."""
-    return experiment if value == default(experiment, key) else f"{experiment},outer.{key}={value}".removesuffix(".0")
+def run_name(experiment: str, **outer) -> str:
+    """The name of an experiment's run with other values of `outer.<key>`, as its folder has it."""
+    words = [f"outer.{key}={value}".removesuffix(".0") for key, value in sorted(outer.items()) if value != default(experiment, key)]
+    return ",".join([experiment, *words])
 
 
 def command(run: str, seeds) -> str:
@@ -178,11 +177,23 @@ def interval(values: pd.Series, level: float = 0.95) -> float:
     return float(stats.t.ppf(0.5 + level / 2, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
 
 
-def change(runs: Runs, run: str, against: str, metric: str) -> pd.Series:
-    """Paired by seed; of milliseconds, in per cent."""
-    ours, other = (runs.values(name, metric) for name in (run, against))
-    ours, other = ours.align(other, join="inner")
-    return 100 * (ours / other - 1) if metric == "milliseconds" else ours - other
+def estimate(terms: list[tuple[int, pd.Series]], metric: str, cells: list[pd.Series]) -> inference.Estimate:
+    """A sum of cells with their signs, by seed, as results/protocol.md compares them: training losses paired, by logarithms; accuracies and
+    BLEU with the deviation pooled over all `cells`; anything else paired."""
+    if metric.startswith("train_loss"):
+        return inference.paired([(sign, np.log(cell)) for sign, cell in terms])
+    if metric.startswith(("accuracy", "bleu")) and any(len(cell) > 1 for cell in cells):
+        return inference.pooled(terms, cells)
+    return inference.paired(terms)
+
+
+def format_estimate(e: inference.Estimate, metric: str) -> str:
+    """With its 95% interval; of training losses as a ratio."""
+    alone = e.freedom < 1 or math.isnan(e.deviation)
+    if metric.startswith("train_loss"):
+        ratio, low, high = (math.exp(value) for value in (e.mean, *((e.mean,) * 2 if alone else (e.mean - e.half(), e.mean + e.half()))))
+        return f"× {ratio:.3g}" + f" ({low:.3g} to {high:.3g})" * (not alone)
+    return (f"{e.mean:+.3g}" + ("" if alone else f" ± {e.half():.2g}")).replace("-", "−")
 
 
 @functools.cache
@@ -198,7 +209,7 @@ def published(run: str, metric: str) -> float | None:
     return float(found.iloc[0]) if len(found) else None
 
 
-def unanswered() -> list[str]:
+def missing_experiments() -> list[str]:
     """Published numbers for which no experiment exists: their cells cannot be filled."""
     said = []
     for entry in paper()[0].to_dict("records"):
@@ -211,11 +222,11 @@ def unanswered() -> list[str]:
 def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.DataFrame:
     """A line for each cell: what it shows, as numbers. published_runs: of this suite, to stand beside a user's own."""
     lines = []
-    for label, run, against in table.rows:
-        status = runs.of(run)["status"]
-        for metric in table.metrics:
-            values = runs.values(run, metric.name)
-            if len(status) and (status == "done").any() and values.empty:
+    for metric in table.metrics:
+        column = {run: counted(runs.values(run, metric.name)) for _, run, _ in table.rows}
+        for label, run, against in table.rows:
+            status, values = runs.of(run)["status"], column[run]
+            if len(status) and (status == "done").any() and runs.values(run, metric.name).empty:
                 runs.complaints.append(f"{run} has no {metric.name}: its cell stays empty")
             theirs = published(run, metric.name) if table.data not in SMALL else None
             line = {"table": table.key, "data": table.data, "row": label, "run": run, "metric": metric.name, "mean": values.mean(),
@@ -223,20 +234,27 @@ def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.Da
                     "best_or_last": metric.name.rpartition("_")[2] if metric.name.endswith(("_best", "_last")) else "", "against": against,
                     "command": command(run, range(1, table.seeds + 1)), "address": runs.address(run)}  # fmt: skip
             if published_runs:
-                ours = published_runs.values(run, metric.name)
+                ours = counted(published_runs.values(run, metric.name))
                 line |= {"ours_mean": ours.mean(), "ours_std": ours.std(), "ours_n": len(ours)}
             if theirs is not None and len(values):
                 line["difference"] = values.mean() - theirs
                 line["mark"] = agreement(values, theirs, paper()[1][table.data], metric)
-            if against:
-                changes = change(runs, run, against, metric.name)
-                line |= {"change": changes.mean(), "half": interval(changes), "pairs": len(changes)}
-                if table.data in SMALL:
-                    line |= compared(line, table, metric)
+            base = counted(runs.values(against, metric.name)) if against else values[:0]
+            if len(base) and len(values) and not line["diverged"]:
+                found = estimate([(1, values), (-1, base)], metric.name, [*column.values()])
+                one = found.freedom < 1 or math.isnan(found.deviation)
+                line |= {"change": found.mean, "half": math.nan if one else found.half(), "shown": format_estimate(found, metric.name)}
+            if against and table.data in SMALL:
+                line["paper_change"] = papers_change(run, against, table.data, metric)
             lines.append(line)
     columns = ["table", "data", "row", "run", "metric", "best_or_last", "mean", "std", "n", "diverged", "paper", "difference", "mark",
-               "against", "change", "half", "pairs", "paper_change", "command", "address"]  # fmt: skip
+               "against", "change", "half", "shown", "paper_change", "command", "address"]  # fmt: skip
     return pd.DataFrame(lines).reindex(columns=[*columns, *(["ours_mean", "ours_std", "ours_n"] if published_runs else [])])
+
+
+def counted(values: pd.Series) -> pd.Series:
+    """Seeds below 1 are for tuning."""
+    return values[values.index > 0]
 
 
 def agreement(values: pd.Series, theirs: float, seeds: int, metric: Metric) -> str:
@@ -249,104 +267,108 @@ def agreement(values: pd.Series, theirs: float, seeds: int, metric: Metric) -> s
     return "agrees" if abs(gap) <= reach else "above" if gap > 0 else "below"
 
 
-def compared(line: dict, table: Table, metric: Metric) -> dict:
-    """A stand-in's change beside the paper's on its own data."""
-    swap = lambda run: f"{SMALL[table.data]}{run.removeprefix(table.data)}"
-    ours, base = (published(swap(run), metric.name) for run in (line["run"], line["against"]))
+def papers_change(run: str, against: str, data: str, metric: Metric) -> float | None:
+    """On the data that a stand-in stands for; of best values, the paper has no others."""
+    name = metric.name.replace("_last", "_best").replace("bleu_test", "bleu_valid")
+    ours, base = (published(f"{SMALL[data]}{name_of.removeprefix(data)}", name) for name_of in (run, against))
     if ours is None or base is None:
-        return {}
-    theirs = 100 * (ours / base - 1) if metric is TIME else ours - base
-    if not line["half"] < abs(line["change"]):  # NaN too
-        return {"paper_change": theirs, "mark": "open" if line["pairs"] > 1 else "one seed" if line["pairs"] else None}
-    return {"paper_change": theirs, "mark": "as the paper" if line["change"] * theirs > 0 else "against the paper"}
+        return None
+    return math.log(ours / base) if name.startswith("train_loss") else ours - base
 
 
-def shown(table: Table, found: pd.DataFrame) -> pd.DataFrame:
-    """The table as text: a row a run, and for each metric what there is to show of it."""
-    out = pd.DataFrame({"": [label for label, *_ in table.rows], "experiment": [run for _, run, _ in table.rows]})
+def format_cells(table: Table, found: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, a line a row, at most six columns. found: of `cells`."""
+    out = pd.DataFrame({"": [label for label, *_ in table.rows]})
+    yours = "ours_n" in found
     for metric in table.metrics:
+        first = metric is table.metrics[0]
         part = found[found["metric"] == metric.name].to_dict("records")
-        unit = "%" if metric is TIME else ""
-        number = lambda value, sign="", digits=metric.digits: "" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
-        measured = lambda mean, std, n: number(mean) + (f" ± {number(std)}" if n > 1 else "") + f" ({n})"
-        runs = []
-        for cell in part:
-            if cell["diverged"]:  # a mean over the seeds that survived would flatter
-                runs.append(f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}")
-            elif not cell["n"]:
-                runs.append(f"`{cell['command']}`" if metric is table.metrics[0] else "–")
-            else:
-                runs.append(measured(cell["mean"], cell["std"], cell["n"]))
-        if "ours_n" in found:
-            out[f"{metric.title}: yours"] = runs
-            out[f"ours: {metric.title}"] = [
-                measured(cell["ours_mean"], cell["ours_std"], cell["ours_n"]) if cell["ours_n"] else "–" for cell in part
-            ]
-        else:
-            out[metric.title] = runs
-        digits = 1 if metric is TIME else metric.digits
-        if any(cell["paper"] is not None and not pd.isna(cell["paper"]) for cell in part):
+        number = lambda value, digits=metric.digits: "" if pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
+        measured = lambda mean, std, n: number(mean) + (f" ± {number(std)}" if n > 1 else "") + f" ({n})" if n else "–"
+        # a mean over the seeds that survived would flatter
+        text = [f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}" if cell["diverged"]
+                else measured(cell["mean"], cell["std"], cell["n"]) for cell in part]  # fmt: skip
+        out[f"{metric.title}: yours" if yours else metric.title] = text
+        if yours:
+            out[f"ours: {metric.title}"] = [measured(cell["ours_mean"], cell["ours_std"], cell["ours_n"]) for cell in part]
+        if any(not pd.isna(cell["paper"]) for cell in part) and (first or not yours):
             out[f"paper: {metric.title}"] = [number(cell["paper"]) for cell in part]
-            out[f"difference: {metric.title}"] = [number(cell["difference"], "+") for cell in part]
-            out[f"mark: {metric.title}"] = [cell["mark"] or "" if isinstance(cell["mark"], str) else "" for cell in part]
-        elif any(cell["against"] for cell in part):
-            out[f"change: {metric.title}"] = [
-                "" if pd.isna(cell["change"]) else number(cell["change"], "+", digits) + unit
-                + ("" if pd.isna(cell["half"]) else f" ± {number(cell['half'], '', digits)}") for cell in part
-            ]  # fmt: skip
-            if any(not pd.isna(cell["paper_change"]) for cell in part):
-                out[f"the paper's change: {metric.title}"] = [
-                    number(cell["paper_change"], "+", digits) + unit * (not pd.isna(cell["paper_change"])) for cell in part
-                ]
+            if first and not yours:
                 out[f"mark: {metric.title}"] = [cell["mark"] if isinstance(cell["mark"], str) else "" for cell in part]
+        elif any(cell["against"] for cell in part) and not yours:
+            out[f"change: {metric.title}"] = [cell["shown"] if isinstance(cell["shown"], str) else "" for cell in part]
+            if first and any(not pd.isna(cell["paper_change"]) for cell in part):
+                one = lambda value: inference.Estimate(value, math.nan, 1, 0)
+                out[f"the paper's change: {metric.title}"] = [
+                    "" if pd.isna(cell["paper_change"]) else format_estimate(one(cell["paper_change"]), metric.name) for cell in part
+                ]
     return out
 
 
 def heading(title: str) -> str:
     """A column's title: what belongs to the column before needs no name of its own."""
-    for short in ("ours", "paper", "difference", "mark", "change", "the paper's change"):
+    for short in ("ours", "paper", "mark", "change", "the paper's change"):
         if title.startswith(f"{short}: "):
-            return short
+            return "" if short == "mark" else short
     return title
 
 
-def markdown(table: Table, found: pd.DataFrame) -> str:
-    text = shown(table, found)
+def markdown(table: Table, found: pd.DataFrame, ruled: bool = True) -> str:
+    """ruled: with how its numbers are made."""
+    text = format_cells(table, found)
     head = [heading(title) for title in text.columns]
-    body = [[row[0], f"`{row[1]}`", *row[2:]] for row in text.itertuples(index=False)]
-    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body]]
-    return "\n".join([*lines, "", rule(table, "ours_n" in found), ""])
+    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *map(list, text.itertuples(index=False))]]
+    return "\n".join([*lines, "", *([under, ""] if (under := rule(table, found, ruled)) else [])])
 
 
-def rule(table: Table, yours: bool = False) -> str:
-    """What stands under a table: how its marks are made, and what is to be known about the published runs."""
-    if yours:
-        return f"{RULES[table.data in SMALL].replace('ours', 'yours')} ours: the runs published with this suite, likewise."
-    return f"{RULES[table.data in SMALL]} {NOTES.get(table.data, {}).get(table.key, '')}".rstrip()
+def rule(table: Table, found: pd.DataFrame, ruled: bool = True) -> str:
+    """What stands under a table: how its numbers are made, and what fills its empty cells."""
+    said = [RULES[table.data in SMALL] if "ours_n" not in found else f"{MEASURED}; ours: the runs published with this suite."] * ruled
+    if (found["n"] == 0).any():
+        said.append(f"–: `python scripts/reproduce.py {table.key} --data {table.data}`.")
+    return " ".join(said)
+
+
+def answered(table: Table, found: pd.DataFrame) -> bool:
+    """Whether a run stands in it that is not only there for comparison."""
+    own = found[~found["run"].isin([f"{table.data}_{cell}" for cell in table1(table.data)])] if table.key not in WHOLE else found
+    return bool(own["n"].any() or "ours_n" in own and own["ours_n"].any())
 
 
 def latex(table: Table, found: pd.DataFrame) -> str:
-    """booktabs; every word of it is escaped."""
-    text = shown(table, found).drop(columns="experiment")
-    swap = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--", "τ": r"$\tau$",
-            "α": r"$\alpha$", "β": r"$\beta$", "`": "", "^": r"\^{}", "~": r"\~{}", "{": r"\{", "}": r"\}", "$": r"\$"}  # fmt: skip
+    """booktabs, no wider than a column; every word of it is escaped."""
+    text = format_cells(table, found)
+    swap = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--",
+            "τ": r"$\tau$", "α": r"$\alpha$", "β": r"$\beta$", "×": r"$\times$", "`": "", "^": r"\^{}", "~": r"\~{}", "{": r"\{",
+            "}": r"\}", "$": r"\$", "’": "'"}  # fmt: skip
     safe = lambda word: "".join(swap.get(letter, letter) for letter in word)
     rows = [[safe(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
     rows = [" & ".join(row) + r" \\" for row in rows]
-    under = safe(rule(table, "ours_n" in found).replace("*", ""))
     lines = [
-        f"% {table.title}: {TITLES[table.data]}; needs booktabs",
+        f"% {table.title}: {TITLES[table.data]}; needs booktabs and graphicx",
+        r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
         r"\toprule",
         rows[0],
         r"\midrule",
         *rows[1:],
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
         "",
-        rf"{{\footnotesize {under}}}",
+        rf"{{\footnotesize {safe(rule(table, found).replace('*', ''))}}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def status(made: list[tuple[Table, pd.DataFrame]]) -> str:
+    """One table of those that have no run at all, with the command that fills each data set's."""
+    lines = ["| not run yet | tables | command |", "|---|---|---|"]
+    for data in TITLES:
+        empty = [table for table, found in made if table.data == data and not answered(table, found)]
+        if empty:
+            words = f"python scripts/reproduce.py {' '.join(table.key for table in empty)} --data {data}"
+            lines.append(f"| {TITLES[data]} | {', '.join(table.title for table in empty)} | `{words}` |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def everything(runs: Runs, published_runs: Runs | None = None) -> list[tuple[Table, pd.DataFrame]]:
@@ -364,12 +386,16 @@ def main(store: Store, published_runs: Runs | None = None) -> None:
     runs, out = Runs(store), store.folder / "tables"
     made = everything(runs, published_runs)
     text = ["# Tables", "", "Made by `python -m results tables` from runs.csv and paper.yaml.", ""]
-    for table, found in made:
-        text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]
-    save(out / "tables.md", "\n".join(text))
-    save(out / "tables.tex", "\n".join(latex(table, found) for table, found in made))
+    some = [(table, found) for table, found in made if answered(table, found)]
+    for small in (False, True):
+        part = [(table, found) for table, found in some if (table.data in SMALL) == small]
+        text += [f"{'Stand-ins' if small else 'The paper’s data'}: {RULES[small]}", ""] * bool(part)
+        for table, found in part:
+            text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found, ruled=False)]
+    save(out / "tables.md", "\n".join([*text, status(made)]))
+    save(out / "tables.tex", "\n".join(latex(table, found) for table, found in some))
     save(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
     filled = sum(int((found["n"] > 0).sum()) for _, found in made)
-    print(f"wrote {out}/tables.md, .tex, .csv: {len(made)} tables, {filled} of {sum(len(found) for _, found in made)} cells filled")
-    for text in dict.fromkeys((*runs.complaints, *unanswered())):
+    print(f"wrote {out}/tables.md, .tex, .csv: {len(some)} tables, {filled} of {sum(len(found) for _, found in made)} cells filled")
+    for text in dict.fromkeys((*runs.complaints, *missing_experiments())):
         print(text, file=sys.stderr)

@@ -37,8 +37,8 @@ from results.inference import LOOKS  # noqa: E402
 from results.store import MINE, PUBLISHED, Runs  # noqa: E402
 from results.tables import SMALL, layout  # noqa: E402
 
-TABLES = {"table1": ("table1", "nll"), "table2": ("table2",), "fig3": ("tau",),
-          "ablations": ("noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "distance", "messages")}  # fmt: skip
+EACH = ("table1", "best", "nll", "table2", "noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce")
+TABLES = {key: (key,) for key in EACH} | {"fig3": ("tau",), "ablations": EACH[4:]}
 STATUS = {0: "done", 2: "refused", 3: "diverged"}  # run.py's exit codes; above 128 a signal's
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from results import claims, cost_model, figures, tables, timing
 from results.store import PUBLISHED, Curves, Runs, Store, save
-from results.tables import LABELS, SMALL, TITLES, cells, heading, layout, rule, shown, unanswered
+from results.tables import LABELS, SMALL, TITLES, cells, format_cells, heading, layout, missing_experiments, rule
 
 HERE = Path(__file__).parent
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -17,48 +17,64 @@ MEASURES = {"accuracy": "accuracy (%)", "nll": "NLL (nats)", "nll_base2": "NLL (
 
 
 def main(store: Store, published_runs: Runs | None = None) -> None:
-    """Write report.html. published_runs: to stand beside a user's own."""
+    """Write report.html: what was asked and found first, then curves, tables and seconds. published_runs: to stand beside a user's own."""
     runs, out = Runs(store), store.folder / "report.html"
-    curves = Curves(runs)
-    parts = [
-        "<h2>Curves</h2>",
-        plots(runs, curves),
-        "<h2>Claims</h2>",
-        verdicts(runs),
-        "<h2>Seconds of an iteration</h2>",
-    ]
-    measured = store.find("links")
-    for data in cost_model.TASKS:
-        parts += [f"<h3>{html.escape(TITLES[data])}</h3>", marked(timing.against_paper(data)), marked(timing.on_links(data, measured))]
+    made = tables.everything(runs, published_runs)
+    shown = [(table, found) for table, found in made if tables.answered(table, found)]
+    parts = {"What was found": summary(runs) + verdicts(runs), "Curves": plots(runs, Curves(runs))}
     for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
-        parts.append(f"<h2>{html.escape(TITLES[data])}</h2>")
-        parts += [section(table, runs, published_runs) for table in layout(data)]
-    complaints = [*runs.complaints, *unanswered()]
-    if complaints:
-        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in dict.fromkeys(complaints))}</ul>")
+        if text := "".join(section(table, found) for table, found in shown if table.data == data):
+            parts[TITLES[data]] = text
+    parts["Not run yet"] = marked(tables.status(made))
+    measured = store.find("links")
+    parts["Seconds of an iteration"] = "".join(
+        f"<h3>{html.escape(TITLES[data])}</h3>{marked(timing.against_paper(data))}{marked(timing.on_links(data, measured))}"
+        for data in cost_model.TASKS
+    )
+    if complaints := dict.fromkeys((*runs.complaints, *missing_experiments())):
+        parts["Left out"] = f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in complaints)}</ul>"
+    contents = "".join(f'<li><a href="#part{k}">{html.escape(title)}</a></li>' for k, title in enumerate(parts))
+    body = [f"<nav><ol>{contents}</ol></nav>"]
+    body += [f'<h2 id="part{k}">{html.escape(title)}</h2>\n{text}' for k, (title, text) in enumerate(parts.items())]
     page = (HERE / "template.html").read_text()
-    save(out, page.replace("<!-- BODY -->", "\n".join(parts)))
+    save(out, page.replace("<!-- BODY -->", "\n".join(body)))
     print(f"wrote {out}: {out.stat().st_size / 1000:.0f} kB")
 
 
-def section(table, runs: Runs, published_runs: Runs | None = None) -> str:
+def summary(runs: Runs) -> str:
+    """What was asked, what of, and how many claims found which verdict."""
+    judged = claims.stored(runs)
+    counts = ", ".join(
+        f"{count} {verdict}" for verdict, count in judged[judged["verdict"] != claims.NOT_RUN]["verdict"].value_counts().items()
+    )
+    ended = runs.ended[runs.ended["seed"] > 0]
+    data = ", ".join(f"{TITLES[name]} ({count} runs)" for name in TITLES
+                     if (count := int(ended["run"].str.fullmatch(rf"{name}_(?!small|loss).*").sum())))  # fmt: skip
+    commits = ", ".join(sorted({str(commit)[:10] for commit in ended["commit"]}))
+    return (
+        "<p>Asked: which of the claims of <i>SlowMo: Improving Communication-Efficient Distributed SGD with Slow Momentum</i> hold. "
+        f"Of: {html.escape(data or 'nothing yet')}. Found: {html.escape(counts or 'nothing yet')}; every claim with its evidence is below. "
+        f"Commits of these runs: {html.escape(commits or 'none')}.</p>"
+    )
+
+
+def section(table, found) -> str:
     """A table; the numbers of a cell carry their runs as a title, and all stand below for fingers and paper."""
-    found = cells(table, runs, published_runs)
-    text = shown(table, found)
+    text = format_cells(table, found)
     head = "".join(f"<th>{html.escape(heading(title))}</th>" for title in text.columns)
     body, addresses = [], {}
-    for row in text.itertuples(index=False):
-        of_row = found[found["run"] == row[1]].iloc[0]
+    for row, (_, run, _) in zip(text.itertuples(index=False), table.rows):
+        of_row = found[found["run"] == run].iloc[0]
         if of_row["address"]:
             addresses[of_row["row"]] = of_row["address"]
         title = html.escape(of_row["address"] or f"no run yet: {of_row['command']}", quote=True)
-        numbers = "".join(f'<td title="{title}">{_code(value)}</td>' for value in row[2:])
-        body.append(f"<tr><th>{html.escape(row[0])}</th><td><code>{html.escape(row[1])}</code></td>{numbers}</tr>")
+        numbers = "".join(f'<td title="{title}">{_code(value)}</td>' for value in row[1:])
+        body.append(f"<tr><th>{html.escape(row[0])}</th>{numbers}</tr>")
     where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
     where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
     title, under = (
         f"<h3>{html.escape(table.title)}</h3>",
-        f"<p class=rule>{html.escape(rule(table, 'ours_n' in found).replace('*', ''))}</p>",
+        f"<p class=rule>{html.escape(rule(table, found).replace('*', ''))}</p>",
     )
     return f"{title}<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{under}{where}"
 

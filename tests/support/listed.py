@@ -9,10 +9,10 @@ LINE = {"status": "done", "step": 1200, "data": "x", "workers": 32, "processes":
         "seconds_per_iteration": 0.05, "clock": "measured", "commit": "0123456789abcdef", "torch": "2.13.0"}  # fmt: skip
 
 
-def lines(run, values, metric="accuracy_best", **more):
-    """A line a seed, from 1."""
-    made = [{"run": run, "experiment": run.split(",")[0], "seed": k + 1, **LINE, metric: value, **more} for k, value in enumerate(values)]
-    return pd.DataFrame(made, columns=COLUMNS["runs"])
+def lines(run, values, metric=("accuracy_last", "accuracy_best"), **more):
+    """A line a seed, from 1, with these values of one metric or several; more: the same for all lines, or a list."""
+    made = pd.DataFrame({"run": run, "experiment": run.split(",")[0], "seed": range(1, len(values) + 1), **LINE})
+    return made.assign(**dict.fromkeys([metric] if isinstance(metric, str) else metric, values), **more).reindex(columns=COLUMNS["runs"])
 
 
 def written(folder, *parts, curves=()):
