@@ -26,7 +26,7 @@ def main(store: Store) -> None:
     curves, made = Curves(runs), []
     with plt.style.context(STYLE):
         for data in TITLES:
-            for name, draw in (("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
+            for name, draw in (("teaser", teaser), ("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
@@ -85,6 +85,24 @@ def fig2(data: str, runs: Runs, curves: Curves):
     axes[0][0].set_ylabel(metric.title.removesuffix(", best"))
     what = "band: least and largest of the workers' own models just before the average, over seeds" if banded else ""
     return titled(figure, data, what)
+
+
+def teaser(data: str, runs: Runs, curves: Curves):
+    """The README's: accuracy of Local SGD with and without SlowMo on the first stand-in, mean and interval over seeds."""
+    if data != "cifar10_small":
+        return None
+    by = {cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"].groupby("epoch")["accuracy"] for cell in ("slowmo_local_sgd", "local_sgd")}
+    counts = {cell: int(found.size().min()) if len(found) else 0 for cell, found in by.items()}
+    if min(counts.values()) < 2:  # no interval
+        return None
+    figure, axis = plt.subplots(figsize=(5.2, 2.9))
+    for cell, found in by.items():
+        mean, half, style = found.mean(), found.apply(interval), styled(cell, data)
+        axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
+        axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
+    axis.set(xlabel="epochs", ylabel="validation accuracy (%)")
+    axis.legend(loc="lower right")
+    return titled(figure, data, "mean over n seeds; band: 95% interval of the mean")
 
 
 def wallclock(data: str, runs: Runs, curves: Curves):

@@ -1,0 +1,60 @@
+"""What results give README.md and docs/: blocks from `<!-- KEY DATA: python -m results docs -->` to `<!-- end -->`, made anew."""
+
+from pathlib import Path
+
+from results import claims, cost_model, tables, timing
+from results.store import PUBLISHED, Runs
+from results.tables import CONFIGS, SMALL, TITLES, cells, layout
+
+ROOT = PUBLISHED.folder.parent
+MARK = ": python -m results docs -->"
+
+
+def pages() -> list[Path]:
+    """The files that have blocks."""
+    return [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if MARK in page.read_text()]
+
+
+def filled(page: Path, runs: Runs) -> str:
+    """The text of `page`, its blocks made of `runs`. ValueError for a block that there is not, or that has no end."""
+    parts = page.read_text().split("<!-- ")
+    out = parts[:1]
+    for k, part in enumerate(parts[1:], 1):
+        name, mark, _ = part.partition(MARK)
+        if mark:
+            if not parts[k + 1 : k + 2] or not parts[k + 1].startswith("end -->"):
+                raise ValueError(f"{page}: the block {name} has no <!-- end -->")
+            part = f"{name}{MARK}\n{_made(page, name, runs)}"
+        out.append(part)
+    return "<!-- ".join(out)
+
+
+def _made(page: Path, name: str, runs: Runs) -> str:
+    key, _, data = name.partition(" ")
+    if name == "claims":
+        return claims.markdown(claims.stored(runs))
+    if name == "benchmarks":
+        return timing.benchmarks(PUBLISHED)
+    if name == "status":
+        return status(runs)
+    if key == "runtime" and data in cost_model.TASKS:
+        return "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
+    chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
+    if not chosen:
+        raise ValueError(f"{page} asks for a table {name} that there is not")
+    return tables.markdown(chosen[0], cells(chosen[0], runs))
+
+
+def status(runs: Runs) -> str:
+    """A line for each of the paper's columns: what there is of it, and what was run."""
+    judged = claims.stored(runs)
+    experiments = [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")]
+    out = ["| the paper's column | configs | tested | run on its data | claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
+    for small, data in SMALL.items():
+        names = [name for name in experiments if name.startswith(f"{data}_") and not name.startswith(f"{small}_")]
+        ended = sum(len(runs.of(name)) for name in names)
+        verdicts = judged[judged["data"] == small]["verdict"].value_counts()
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        configs = f"{len(names)} `{data}_*`"
+        out.append(f"| {TITLES[data]} | {configs} | each, on small data | {f'{ended} runs' if ended else 'no'} | `{small}_*`: {counts} |")
+    return "\n".join(out) + "\n"
