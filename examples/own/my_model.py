@@ -7,13 +7,9 @@ from experiments.tasks.cifar10 import Cifar10
 
 
 class Perceptron(Cifar10):
-    """hidden: units of the one layer between pixels and classes."""
-
-    def __init__(self, hidden: int = 64, **options):
-        super().__init__(**options)
-        self.hidden = hidden
+    """width: units of the one layer between pixels and classes."""
 
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)  # every run of a seed starts from the same weights
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 10))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, self.width), nn.ReLU(), nn.Linear(self.width, 10))
         return model.to(self.device, self.dtype)
