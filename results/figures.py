@@ -26,7 +26,7 @@ def main(store: Store) -> None:
     curves, made = Curves(runs), []
     with plt.style.context(STYLE):
         for data in TITLES:
-            for name, draw in (("teaser", teaser), ("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
+            for name, draw in KINDS.items():
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
@@ -91,7 +91,10 @@ def teaser(data: str, runs: Runs, curves: Curves):
     """The README's: accuracy of Local SGD with and without SlowMo on the first stand-in, mean and interval over seeds."""
     if data != "cifar10_small":
         return None
-    by = {cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"].groupby("epoch")["accuracy"] for cell in ("slowmo_local_sgd", "local_sgd")}
+    by = {
+        cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"].groupby("epoch")["accuracy"]
+        for cell in ("slowmo_local_sgd", "local_sgd")
+    }
     counts = {cell: int(found.size().min()) if len(found) else 0 for cell, found in by.items()}
     if min(counts.values()) < 2:  # no interval
         return None
@@ -204,3 +207,6 @@ def scaling(lines: pd.DataFrame, out: Path) -> None:
 def titled(figure, data: str, note: str):
     figure.suptitle(TITLES[data] + (f"\n{note}" if note else ""), fontsize=8)
     return figure
+
+
+KINDS = {"teaser": teaser, "fig2": fig2, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}

@@ -18,7 +18,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    return LINK.sub(lambda found: f"{found[1]}[{found[2]}]({_on_site(found[3])})" if (ROOT / found[3]).is_file() else f"`{found[3]}`", markdown)
+    return LINK.sub(
+        lambda found: f"{found[1]}[{found[2]}]({_on_site(found[3])})" if (ROOT / found[3]).is_file() else f"`{found[3]}`", markdown
+    )
 
 
 def _on_site(name: str) -> str:

@@ -31,7 +31,9 @@ LIBRARY = (ROOT / "docs" / "library.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 PROGRAMS = {
-    f"{page.stem} {k}": text for page in PAGES for k, text in enumerate((text for kind, text in FENCE.findall(page.read_text()) if kind == "python"), 1)
+    f"{page.stem} {k}": text
+    for page in PAGES
+    for k, text in enumerate((text for kind, text in FENCE.findall(page.read_text()) if kind == "python"), 1)
 }
 COMMANDS = {
     f"{page.name}: {line}": line

@@ -42,7 +42,7 @@ def test_examples_are_all_here():
 
 
 def test_the_loop_is_an_ordinary_one():
-    """The one new line is the only one that names SlowMo; the README shows this loop."""
+    """The one new line is the only one that names SlowMo; the README shows this loop (test_readme.py)."""
     text = (ROOT / "examples" / "loop.py").read_text()
     loop = text[text.index("def train") : text.index("def accuracy")]
     assert loop.count("slowmo") == 1 and "# the only new line" in loop

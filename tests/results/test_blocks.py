@@ -22,7 +22,10 @@ def test_a_block_is_made_anew(tmp_path):
     [
         ("<!-- table9 cifar10_small: python -m results docs -->\n<!-- end -->\n", "a table table9 cifar10_small that there is not"),
         ("<!-- claims: python -m results docs -->\nold\n", "the block claims has no <!-- end -->"),
-        ("<!-- claims: python -m results docs -->\nold\n<!-- status: python -m results docs -->\n<!-- end -->\n", "the block claims has no"),
+        (
+            "<!-- claims: python -m results docs -->\nold\n<!-- status: python -m results docs -->\n<!-- end -->\n",
+            "the block claims has no",
+        ),
     ],
 )
 def test_what_is_no_block_is_named(text, remedy, tmp_path):

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from listed import curve, lines, written
 
-from results import report, store
+from results import report
 
 HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
