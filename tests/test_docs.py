@@ -25,6 +25,7 @@ import slowmo
 from experiments.runner import cli, config
 
 ROOT = Path(__file__).parent.parent
+OWN = ROOT / "examples" / "own"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 LIBRARY = (ROOT / "docs" / "library.md").read_text()
@@ -93,7 +94,7 @@ def test_a_command_is_accepted(name, monkeypatch):
     whole = argparse.ArgumentParser.parse_args
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+        patch.setattr(sys, "path", [str(ROOT), str(OWN), *sys.path])
         line = COMMANDS[name]
         found = re.fullmatch(r'eval "\$\((.*)\)"', line)
         for part in (found[1] if found else line).split(" && "):
@@ -102,10 +103,7 @@ def test_a_command_is_accepted(name, monkeypatch):
 
 def accept(words, patch):
     """AssertionError, or the parser's own end, for what nobody could run."""
-    while words and (words[0] == "sudo" or re.match(r"[A-Z]\w*=", words[0])):
-        name, _, value = words.pop(0).partition("=")
-        if name == "PYTHONPATH":
-            sys.path.insert(0, str(ROOT / value))
+    words = words[words[:1] == ["sudo"] :]
     match words:
         case ["python", "run.py", *rest]:
             compose(rest)
@@ -134,6 +132,8 @@ def accept(words, patch):
             assert {name for extra in extras for name in extra.split(",")} <= set(PYPROJECT["project"]["optional-dependencies"])
         case [script, *_] if script.endswith(".sh"):
             assert os.access(ROOT / script, os.X_OK)
+        case ["export", assignment]:
+            assert assignment == f"PYTHONPATH={OWN.relative_to(ROOT)}"
         case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"] | ["conda", "env", "create", "-f", "environment.yml"]:
             pass
         case _:

@@ -24,7 +24,7 @@ def test_example(name, ranks):
     )
     path = os.pathsep.join(map(str, (ROOT / "examples", ROOT)))
     done = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("drive.py")), name, str(STEPS)],
+        [*launcher, str(ROOT / "tests/support/drive.py"), name, str(STEPS)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
