@@ -1,5 +1,6 @@
 """What results give README.md and docs/: blocks from `<!-- KEY DATA: python -m results docs -->` to `<!-- end -->`, made anew."""
 
+import os
 from pathlib import Path
 
 from results import claims, cost_model, tables, timing
@@ -37,6 +38,10 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return timing.benchmarks(PUBLISHED)
     if name == "status":
         return status(runs)
+    if key == "fig2" and data in TITLES:
+        picture = PUBLISHED.folder / f"figures/fig2_{data}.png"
+        words = f"{TITLES[data]}: validation against epochs, each base with and without SlowMo"
+        return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
     if key == "runtime" and data in cost_model.TASKS:
         return "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
     chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
@@ -48,13 +53,18 @@ def _made(page: Path, name: str, runs: Runs) -> str:
 def status(runs: Runs) -> str:
     """A line for each of the paper's columns: what there is of it, and what was run."""
     judged = claims.stored(runs)
+    judged = judged[judged["kind"] == claims.PRIMARY]
     experiments = [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")]
-    out = ["| the paper's column | configs | tested | run on its data | claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
-    for small, data in SMALL.items():
-        names = [name for name in experiments if name.startswith(f"{data}_") and not name.startswith(f"{small}_")]
+    out = ["| the paper's column | configs | tested | run on its data | main claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
+    for data in dict.fromkeys(SMALL.values()):
+        stand_ins = [small for small, of in SMALL.items() if of == data]
+        names = [name for name in experiments if name.startswith(f"{data}_") and not name.startswith(tuple(stand_ins))]
         ended = sum(len(runs.of(name)) for name in names)
-        verdicts = judged[judged["data"] == small]["verdict"].value_counts()
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-        configs = f"{len(names)} `{data}_*`"
-        out.append(f"| {TITLES[data]} | {configs} | each, on small data | {f'{ended} runs' if ended else 'no'} | `{small}_*`: {counts} |")
+        said = []
+        for small in stand_ins:
+            counts = judged[judged["data"] == small]["verdict"].value_counts()
+            some = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != claims.NOT_RUN)
+            said.append(f"`{small}_*`: {some or claims.NOT_RUN}")
+        line = (TITLES[data], f"{len(names)} `{data}_*`", "each, on small data", f"{ended} runs" if ended else "no", "; ".join(said))
+        out.append(f"| {' | '.join(line)} |")
     return "\n".join(out) + "\n"

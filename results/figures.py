@@ -32,6 +32,9 @@ def main(store: Store) -> None:
                     continue
                 save(figure, out, f"{name}_{data}")
                 made.append(f"{name}_{data}")
+        if first := teaser(runs, curves):
+            save(first, out, "teaser")
+            made.append("teaser")
     print(f"wrote {out}: {', '.join(made) or 'nothing, no runs'}")
 
 
@@ -87,24 +90,26 @@ def fig2(data: str, runs: Runs, curves: Curves):
     return titled(figure, data, what)
 
 
-def teaser(data: str, runs: Runs, curves: Curves):
-    """The README's: accuracy of Local SGD with and without SlowMo on the first stand-in, mean and interval over seeds."""
-    if data != "cifar10_small":
-        return None
-    by = {
-        cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"].groupby("epoch")["accuracy"]
-        for cell in ("slowmo_local_sgd", "local_sgd")
-    }
-    counts = {cell: int(found.size().min()) if len(found) else 0 for cell, found in by.items()}
-    if min(counts.values()) < 2:  # no interval
+def teaser(runs: Runs, curves: Curves):
+    """The README's: Local SGD (Local Adam) with and without SlowMo on the first stand-in that has several seeds of both."""
+    for data, base in (("cifar10_small", "local_sgd"), ("wmt16_small", "local_adam")):
+        metric = measure(data)
+        name = metric.name.removesuffix("_best")
+        lines = {cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"] for cell in (f"slowmo_{base}", base)}
+        counts = {cell: found["seed"].nunique() for cell, found in lines.items()}
+        if min(counts.values()) > 1:  # else there is no interval
+            break
+    else:
         return None
     figure, axis = plt.subplots(figsize=(5.2, 2.9))
-    for cell, found in by.items():
-        mean, half, style = found.mean(), found.apply(interval), styled(cell, data)
+    for cell, found in lines.items():
+        by, style = found.groupby("epoch")[name], styled(cell, data)
+        mean, half = by.mean(), by.apply(interval)
         axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
         axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
-    axis.set(xlabel="epochs", ylabel="validation accuracy (%)")
-    axis.legend(loc="lower right")
+    unit = " (%)" if name == "accuracy" else ""
+    axis.set(xlabel="epochs", ylabel=f"validation {metric.title.removesuffix(', best')}{unit}")
+    axis.legend(loc="lower right" if metric.more else "upper right")
     return titled(figure, data, "mean over n seeds; band: 95% interval of the mean")
 
 
@@ -209,4 +214,4 @@ def titled(figure, data: str, note: str):
     return figure
 
 
-KINDS = {"teaser": teaser, "fig2": fig2, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}
+KINDS = {"fig2": fig2, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}

@@ -23,7 +23,7 @@ def test_the_loop_is_the_example_s_which_runs():
 
 
 def test_how_to_test_is_said():
-    assert "`make test`" in TEXT and all(f"`{marker}`" in TEXT for marker in ("slow", "slurm", "download", "soak"))
+    assert "`make test`" in TEXT and all(f"`{marker}`" in TEXT for marker in ("slow", "slurm", "gpu", "download", "soak"))
 
 
 def test_its_tree_is_the_checkout_s():

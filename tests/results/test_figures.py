@@ -21,8 +21,9 @@ def path(tmp_path):
 def test_what_there_are_runs_for(path, tmp_path, capsys):
     figures.main(path)
     made = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert made == {
-        f"{name}_cifar10_small.{kind}" for name in ("teaser", "fig2", "wallclock", "fig3") for kind in ("pdf", "png")
+    assert made == {f"{name}_cifar10_small.{kind}" for name in ("fig2", "wallclock", "fig3") for kind in ("pdf", "png")} | {
+        "teaser.pdf",
+        "teaser.png",
     }  # no sweep of α and β
     assert "fig3_cifar10_small" in capsys.readouterr().out
 
@@ -33,7 +34,7 @@ def loaded(path):
 
 
 def test_the_teaser_says_how_many_seeds_and_their_interval(path, tmp_path):
-    figure = figures.teaser("cifar10_small", *loaded(path))
+    figure = figures.teaser(*loaded(path))
     slow, base = figure.axes[0].lines
     assert (slow.get_label(), base.get_label()) == ("Local SGD + SlowMo (n = 2)", "Local SGD (n = 2)")
     of_seeds = [curve("cifar10_small_slowmo_local_sgd", seed, 61 + seed)["accuracy"].to_numpy() for seed in (1, 2)]
@@ -43,7 +44,7 @@ def test_the_teaser_says_how_many_seeds_and_their_interval(path, tmp_path):
     assert band.max() == pytest.approx((sum(of_seeds) / 2).max() + half, rel=1e-3)
     plt.close(figure)
     one = written(tmp_path / "one", lines("cifar10_small_local_sgd", [60.0]), curves=[curve("cifar10_small_local_sgd", 1)])
-    assert figures.teaser("cifar10_small", *loaded(one)) is None
+    assert figures.teaser(*loaded(one)) is None
 
 
 def test_the_band_is_over_workers_and_seeds(path):
