@@ -12,8 +12,8 @@ class SignSGD(AllReduce):
             segment.grad.sign_()
         return super()._start_mean(bucket)
 
-    def _advance(self, bucket):
+    def _update(self, bucket):
         """The mean has come: step by its sign."""
         for segment in bucket.segments:
             segment.grad.sign_().mul_(self.replicas.loss_scale)  # which the step divides by
-        super()._advance(bucket)
+        super()._update(bucket)
