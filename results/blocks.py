@@ -47,7 +47,10 @@ def _made(page: Path, name: str, runs: Runs) -> str:
     chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
     if not chosen:
         raise ValueError(f"{page} asks for a table {name} that there is not")
-    return tables.markdown(chosen[0], cells(chosen[0], runs))
+    found = cells(chosen[0], runs)
+    if not found["n"].any() and not found["diverged"].any():  # a table of dashes says less
+        return f"Not run yet: `python scripts/reproduce.py {key} --data {data}`.\n"
+    return tables.markdown(chosen[0], found)
 
 
 def status(runs: Runs) -> str:

@@ -17,6 +17,15 @@ def test_a_block_is_made_anew(tmp_path):
     assert blocks.filled(page, runs) == text
 
 
+def test_a_table_without_runs_is_the_command_that_fills_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table1 cifar10_small: python -m results docs -->\n<!-- end -->\n")
+    runs = store.Runs(written(tmp_path, lines("wmt16_small_sgp", [4.0], "train_loss_best")))
+    assert "\nNot run yet: `python scripts/reproduce.py table1 --data cifar10_small`.\n<!-- end" in blocks.filled(page, runs)
+    diverged = store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0], status="diverged")))
+    assert "diverged: 1 of 1" in blocks.filled(page, diverged)
+
+
 @pytest.mark.parametrize(
     "text, remedy",
     [
