@@ -67,7 +67,8 @@ def status(runs: Runs) -> str:
         for small in stand_ins:
             counts = judged[judged["data"] == small]["verdict"].value_counts()
             some = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != claims.NOT_RUN)
-            said.append(f"`{small}_*`: {some or claims.NOT_RUN}")
+            ran = any(len(runs.of(f"{small}_{cell}")) for cell in tables.table1(small))
+            said.append(f"`{small}_*`: {some or ('too few seeds' if ran else claims.NOT_RUN)}")
         line = (TITLES[data], f"{len(names)} `{data}_*`", "each, on small data", f"{ended} runs" if ended else "no", "; ".join(said))
         out.append(f"| {' | '.join(line)} |")
     return "\n".join(out) + "\n"

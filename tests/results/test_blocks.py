@@ -45,9 +45,14 @@ def test_what_is_no_block_is_named(text, remedy, tmp_path):
 
 
 def test_status_counts_runs_on_the_papers_own_data(tmp_path):
-    of_stand_ins = store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0, 61.0])))
+    of_stand_ins = store.Runs(written(tmp_path, lines("imagenet_small_sgp", [60.0])))
     cifar10, imagenet, wmt16 = (line.split(" | ") for line in blocks.status(of_stand_ins).splitlines()[2:])
     assert [line[3] for line in (cifar10, imagenet, wmt16)] == ["no"] * 3
     assert (cifar10[1], imagenet[1], wmt16[1]) == ("7 `cifar10_*`", "10 `imagenet_*`", "6 `wmt16_*`")
+    assert (
+        cifar10[4] == "`cifar10_small_*`: not run; `cifar10_small_loss_*`: not run |"
+        and imagenet[4] == "`imagenet_small_*`: too few seeds |"
+    )
+    assert wmt16[4] == "`wmt16_small_*`: not run |"
     own = store.Runs(written(tmp_path, lines("cifar10_sgp", [93.0, 94.0])))
     assert [line.split(" | ")[3] for line in blocks.status(own).splitlines()[2:]] == ["2 runs", "no", "no"]
