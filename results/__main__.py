@@ -1,4 +1,4 @@
-"""python -m results collect | tables | figures | runtime | claims | report | readme | all
+"""python -m results collect | tables | figures | runtime | claims | report | docs | all
 
 What your runs give goes to results/mine/, which git ignores, and stands beside what is published: yours, ours, the paper's. With
 --publish it becomes what is published: results/data and all that is made from it.
@@ -8,10 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from results import claims, collect, cost_model, figures, report, tables, timing
+from results import blocks, claims, collect, cost_model, figures, report, tables, timing
 from results.store import MINE, PUBLISHED, Runs, Store, save
-
-README = PUBLISHED.folder.parent / "README.md"
 
 
 def main() -> None:
@@ -26,7 +24,7 @@ def main() -> None:
         "runtime": "Table 2 and data/links.csv beside a model, and what other clusters would take: tables/runtime.md",
         "claims": "the paper's claims and the verdicts on these runs: data/claims.csv; computes those that need no runs, a minute",
         "report": "all of it in one page for a browser: report.html",
-        "readme": "the README's blocks, of the published runs (--publish)",
+        "docs": "the blocks of README.md and docs/, of the published runs (--publish)",
         "all": "collect where there is a folder of runs, then the others; claims are computed only where they are not yet",
     }
     for name, text in about.items():
@@ -40,19 +38,22 @@ def main() -> None:
         if name in ("collect", "all"):
             one.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs")
     options = parser.parse_args()
-    if options.command == "readme" and not options.publish:
-        parser.error("the README shows published runs alone: add --publish")
+    if options.command == "docs" and not options.publish:
+        parser.error("README.md and docs/ show published runs alone: add --publish")
     store = Store(options.out) if options.out else PUBLISHED if options.publish else MINE
     wanted = list(about)[:-1] if options.command == "all" else [options.command]
     if options.command == "all":
-        wanted = [name for name in wanted if (name != "collect" or options.runs.is_dir()) and (name != "readme" or options.publish)]
+        wanted = [name for name in wanted if (name != "collect" or options.runs.is_dir()) and (name != "docs" or options.publish)]
     try:
         for name in wanted:
             if name == "collect":
                 collect.main(options.runs, store)
-            elif name == "readme":
-                save(README, report.readme(README, Runs(store)))
-                print(f"wrote {README}")
+            elif name == "docs":
+                runs = Runs(store)
+                pages = {page: blocks.filled(page, runs) for page in blocks.pages()}  # all of them, or none
+                for page, text in pages.items():
+                    save(page, text)
+                print(f"wrote {', '.join(str(page.relative_to(blocks.ROOT)) for page in pages)}")
             elif name == "runtime":
                 if options.command == name and (options.nodes or options.rate):
                     chosen = options.nodes or cost_model.NODES, options.rate or cost_model.RATES

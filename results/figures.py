@@ -26,12 +26,15 @@ def main(store: Store) -> None:
     curves, made = Curves(runs), []
     with plt.style.context(STYLE):
         for data in TITLES:
-            for name, draw in (("fig2", fig2), ("wallclock", wallclock), ("fig3", tau), ("alpha", alpha), ("beta", beta)):
+            for name, draw in KINDS.items():
                 figure = draw(data, runs, curves)
                 if figure is None:
                     continue
                 save(figure, out, f"{name}_{data}")
                 made.append(f"{name}_{data}")
+        if first := teaser(runs, curves):
+            save(first, out, "teaser")
+            made.append("teaser")
     print(f"wrote {out}: {', '.join(made) or 'nothing, no runs'}")
 
 
@@ -85,6 +88,29 @@ def fig2(data: str, runs: Runs, curves: Curves):
     axes[0][0].set_ylabel(metric.title.removesuffix(", best"))
     what = "band: least and largest of the workers' own models just before the average, over seeds" if banded else ""
     return titled(figure, data, what)
+
+
+def teaser(runs: Runs, curves: Curves):
+    """The README's: Local SGD (Local Adam) with and without SlowMo on the first stand-in that has several seeds of both."""
+    for data, base in (("cifar10_small", "local_sgd"), ("wmt16_small", "local_adam")):
+        metric = measure(data)
+        name = metric.name.removesuffix("_best")
+        lines = {cell: curves.lines[curves.lines["run"] == f"{data}_{cell}"] for cell in (f"slowmo_{base}", base)}
+        counts = {cell: found["seed"].nunique() for cell, found in lines.items()}
+        if min(counts.values()) > 1:  # else there is no interval
+            break
+    else:
+        return None
+    figure, axis = plt.subplots(figsize=(5.2, 2.9))
+    for cell, found in lines.items():
+        by, style = found.groupby("epoch")[name], styled(cell, data)
+        mean, half = by.mean(), by.apply(interval)
+        axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
+        axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
+    unit = " (%)" if name == "accuracy" else ""
+    axis.set(xlabel="epochs", ylabel=f"validation {metric.title.removesuffix(', best')}{unit}")
+    axis.legend(loc="lower right" if metric.more else "upper right")
+    return titled(figure, data, "mean over n seeds; band: 95% interval of the mean")
 
 
 def wallclock(data: str, runs: Runs, curves: Curves):
@@ -186,3 +212,6 @@ def scaling(lines: pd.DataFrame, out: Path) -> None:
 def titled(figure, data: str, note: str):
     figure.suptitle(TITLES[data] + (f"\n{note}" if note else ""), fontsize=8)
     return figure
+
+
+KINDS = {"fig2": fig2, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}

@@ -66,7 +66,7 @@ class Complete:
 
 
 class Mixing:
-    """Any column-stochastic matrices, used in turn. matrices: `[m, m]` or a list of them, entry [i][j] the weight that j sends to i.
+    """Any column-stochastic matrices, used in turn. matrices: `[m, m]` or a list of them, entry `[i][j]` the weight that j sends to i.
 
     Where workers receive unequally, push-sum weights differ from 1. ValueError when a column does not sum to 1 or an entry is negative.
     """

@@ -24,7 +24,7 @@ def test_example(name, ranks):
     )
     path = os.pathsep.join(map(str, (ROOT / "examples", ROOT)))
     done = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("drive.py")), name, str(STEPS)],
+        [*launcher, str(ROOT / "tests/support/drive.py"), name, str(STEPS)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
@@ -42,7 +42,7 @@ def test_examples_are_all_here():
 
 
 def test_the_loop_is_an_ordinary_one():
-    """The one new line is the only one that names SlowMo; the README shows this loop."""
+    """The one new line is the only one that names SlowMo; the README shows this loop (test_readme.py)."""
     text = (ROOT / "examples" / "loop.py").read_text()
     loop = text[text.index("def train") : text.index("def accuracy")]
     assert loop.count("slowmo") == 1 and "# the only new line" in loop

@@ -325,7 +325,10 @@ def overview() -> str:
         lines += [f"{'{}, {}'.format(*_task(path))}: {about}", *textwrap.wrap(names, 110, initial_indent="  ", subsequent_indent="  "), ""]
     groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "benchmark"))
     lines += [f"{group + '=':12}{', '.join(sorted(path.stem for path in (CONFIGS / group).glob('*.yaml')))}" for group in groups]
-    lines += ["", "README.md has the keys. A run's folder, runs/<experiment>[,key=value...]/seed<seed>, is a function of its command."]
+    lines += [
+        "",
+        "docs/configuration.md has the keys. A run's folder is a function of its command: runs/<experiment>[,key=value...]/seed<seed>",
+    ]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
-"""Tables, curves and verdicts for readers: in one page without any network, results/report.html, and in the README's blocks.
+"""Tables, curves and verdicts for readers, in one page without any network: results/report.html.
 
-On the page every number's title says which runs it is of.
+Every number's title says which runs it is of.
 """
 
 import html
@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from results import claims, cost_model, figures, tables, timing
-from results.store import PUBLISHED, Curves, Runs, Store, save
-from results.tables import LABELS, SMALL, TITLES, cells, format_cells, heading, layout, missing_experiments, rule
+from results.store import Curves, Runs, Store, save
+from results.tables import LABELS, SMALL, TITLES, format_cells, heading, missing_experiments, rule
 
 HERE = Path(__file__).parent
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -131,27 +131,3 @@ def plots(runs: Runs, curves) -> str:
             out.append({"title": TITLES[data], "lines": lines})
     text = json.dumps({"plots": out, "measures": MEASURES}, allow_nan=False).replace("</", "<\\/")
     return f'<div id="plots"></div><script type="application/json" id="curves">{text}</script>'
-
-
-def readme(path: Path, runs: Runs) -> str:
-    """The README with every block `<!-- KEY DATA: python -m results readme -->` made anew. ValueError for an unknown one."""
-    parts = path.read_text().split("<!-- ")
-    out = parts[:1]
-    for part in parts[1:]:
-        name, mark, rest = part.partition(": python -m results readme -->")
-        if mark:
-            key, _, data = name.partition(" ")
-            if key == "claims":
-                made = claims.markdown(claims.stored(runs))
-            elif key == "benchmarks":
-                made = timing.benchmarks(PUBLISHED)
-            elif key == "runtime" and data in cost_model.TASKS:
-                made = "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
-            else:
-                chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
-                if not chosen:
-                    raise ValueError(f"{path} asks for a table {name} that there is not")
-                made = tables.markdown(chosen[0], cells(chosen[0], runs))
-            rest = f"\n{made}"
-        out.append(name + mark + rest)
-    return "<!-- ".join(out)

@@ -231,7 +231,7 @@ def test_what_is_published_is_untouched_unless_asked(runs, tmp_path, monkeypatch
     text = (mine.folder / "tables/tables.md").read_text()
     assert "| accuracy, best: yours | ours |" in text and "| – | 16.60 ± 0.13 (3) |" in text and not (published.folder / "tables").exists()
     with pytest.raises(SystemExit):
-        say("readme")
+        say("docs")
     assert "add --publish" in capsys.readouterr().err
     say("collect", "--runs", str(runs), "--publish")
     assert len(published.read("runs")) == len(store.read(ROOT / "results/data/runs.csv", "runs")) + 3

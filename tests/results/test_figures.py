@@ -21,8 +21,9 @@ def path(tmp_path):
 def test_what_there_are_runs_for(path, tmp_path, capsys):
     figures.main(path)
     made = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert made == {
-        f"{name}_cifar10_small.{kind}" for name in ("fig2", "wallclock", "fig3") for kind in ("pdf", "png")
+    assert made == {f"{name}_cifar10_small.{kind}" for name in ("fig2", "wallclock", "fig3") for kind in ("pdf", "png")} | {
+        "teaser.pdf",
+        "teaser.png",
     }  # no sweep of α and β
     assert "fig3_cifar10_small" in capsys.readouterr().out
 
@@ -30,6 +31,20 @@ def test_what_there_are_runs_for(path, tmp_path, capsys):
 def loaded(path):
     runs = store.Runs(path)
     return runs, store.Curves(runs)
+
+
+def test_the_teaser_says_how_many_seeds_and_their_interval(path, tmp_path):
+    figure = figures.teaser(*loaded(path))
+    slow, base = figure.axes[0].lines
+    assert (slow.get_label(), base.get_label()) == ("Local SGD + SlowMo (n = 2)", "Local SGD (n = 2)")
+    of_seeds = [curve("cifar10_small_slowmo_local_sgd", seed, 61 + seed)["accuracy"].to_numpy() for seed in (1, 2)]
+    assert slow.get_ydata() == pytest.approx(sum(of_seeds) / 2)
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    half = 12.706 * abs(of_seeds[1] - of_seeds[0]).max() / 2  # Student's t of two
+    assert band.max() == pytest.approx((sum(of_seeds) / 2).max() + half, rel=1e-3)
+    plt.close(figure)
+    one = written(tmp_path / "one", lines("cifar10_small_local_sgd", [60.0]), curves=[curve("cifar10_small_local_sgd", 1)])
+    assert figures.teaser(*loaded(one)) is None
 
 
 def test_the_band_is_over_workers_and_seeds(path):

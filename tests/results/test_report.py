@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from listed import curve, lines, written
 
-from results import report, store
+from results import report
 
 HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -81,18 +81,3 @@ def test_on_a_phone_nothing_sticks_out(page, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     (width,) = re.findall(r"<title>(\d+)</title>", done.stdout)
     assert int(width) <= 390
-
-
-def test_the_readme_is_made_of_blocks(tmp_path):
-    path = written(tmp_path, lines("cifar10_small_sgp", [60.0, 61.0]))
-    (tmp_path / "README.md").write_text("before <!-- table1 cifar10_small: python -m results readme -->\nold\n<!-- end -->\nafter\n")
-    text = report.readme(tmp_path / "README.md", store.Runs(path))
-    assert (
-        text.startswith("before <!-- table1 cifar10_small")
-        and "60.50" in text
-        and "old" not in text
-        and text.endswith("<!-- end -->\nafter\n")
-    )
-    (tmp_path / "README.md").write_text("<!-- table9 cifar10_small: python -m results readme -->\n<!-- end -->\n")
-    with pytest.raises(ValueError, match="a table table9 cifar10_small that there is not"):
-        report.readme(tmp_path / "README.md", store.Runs(path))

@@ -14,7 +14,7 @@ from commands import command
 from listed import lines, written
 from scipy import stats
 
-from results import report, store, tables, timing
+from results import blocks, store, tables, timing
 
 ROOT = Path(__file__).parents[2]
 
@@ -245,8 +245,9 @@ def test_what_is_committed_is_what_the_runs_give(tmp_path):
     timing.main(store.Store(tmp_path))
     for made in sorted((tmp_path / "tables").iterdir()):
         assert made.read_text() == (ROOT / "results/tables" / made.name).read_text(), f"{made.name}: python -m results all --publish"
-    readme = report.readme(ROOT / "README.md", store.Runs(store.PUBLISHED))
-    assert readme == (ROOT / "README.md").read_text(), "python -m results readme --publish"
+    assert {page.name for page in blocks.pages()} >= {"README.md", "results.md", "runtime.md", "benchmarks.md"}
+    for page in blocks.pages():
+        assert blocks.filled(page, store.Runs(store.PUBLISHED)) == page.read_text(), f"{page.name}: python -m results docs --publish"
 
 
 def test_the_experiments_use_what_was_tuned():

@@ -127,3 +127,17 @@ def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):
         image.verify()
     failed = quickstart("outer.tau=0")
     assert failed.returncode == 2 and "local_sgd        error: " in failed.stdout and "picture" not in failed.stdout
+
+
+def test_samples_are_in_columns_of_a_class():
+    specification = importlib.util.spec_from_file_location("samples", ROOT / "scripts/samples.py")
+    samples = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(samples)
+    colours = ["red", "lime", "blue"]
+    sheet = samples.sheet([[Image.new("RGB", (32, 32), colour)] * samples.ROWS for colour in colours]).convert("RGB")
+    assert sheet.size == (3 * samples.PIXELS, samples.ROWS * samples.PIXELS)
+    seen = [[sheet.getpixel(((k + 0.5) * samples.PIXELS, (row + 0.5) * samples.PIXELS)) for k in range(3)] for row in range(samples.ROWS)]
+    assert seen == [[(255, 0, 0), (0, 255, 0), (0, 0, 255)]] * samples.ROWS
+    for name in ("cifar10_small", "imagenet_small"):
+        with Image.open(ROOT / f"docs/images/{name}.png") as shown:
+            assert shown.size == (samples.COLUMNS * samples.PIXELS, samples.ROWS * samples.PIXELS)

@@ -1,0 +1,74 @@
+"""What results give README.md and docs/: blocks from `<!-- KEY DATA: python -m results docs -->` to `<!-- end -->`, made anew."""
+
+import os
+from pathlib import Path
+
+from results import claims, cost_model, tables, timing
+from results.store import PUBLISHED, Runs
+from results.tables import CONFIGS, SMALL, TITLES, cells, layout
+
+ROOT = PUBLISHED.folder.parent
+MARK = ": python -m results docs -->"
+
+
+def pages() -> list[Path]:
+    """The files that have blocks."""
+    return [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if MARK in page.read_text()]
+
+
+def filled(page: Path, runs: Runs) -> str:
+    """The text of `page`, its blocks made of `runs`. ValueError for a block that there is not, or that has no end."""
+    parts = page.read_text().split("<!-- ")
+    out = parts[:1]
+    for k, part in enumerate(parts[1:], 1):
+        name, mark, _ = part.partition(MARK)
+        if mark:
+            if not parts[k + 1 : k + 2] or not parts[k + 1].startswith("end -->"):
+                raise ValueError(f"{page}: the block {name} has no <!-- end -->")
+            part = f"{name}{MARK}\n{_made(page, name, runs)}"
+        out.append(part)
+    return "<!-- ".join(out)
+
+
+def _made(page: Path, name: str, runs: Runs) -> str:
+    key, _, data = name.partition(" ")
+    if name == "claims":
+        return claims.markdown(claims.stored(runs))
+    if name == "benchmarks":
+        return timing.benchmarks(PUBLISHED)
+    if name == "status":
+        return status(runs)
+    if key == "fig2" and data in TITLES:
+        picture = PUBLISHED.folder / f"figures/fig2_{data}.png"
+        words = f"{TITLES[data]}: validation against epochs, each base with and without SlowMo"
+        return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
+    if key == "runtime" and data in cost_model.TASKS:
+        return "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
+    chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
+    if not chosen:
+        raise ValueError(f"{page} asks for a table {name} that there is not")
+    found = cells(chosen[0], runs)
+    if not found["n"].any() and not found["diverged"].any():  # a table of dashes says less
+        return f"Not run yet: `python scripts/reproduce.py {key} --data {data}`.\n"
+    return tables.markdown(chosen[0], found)
+
+
+def status(runs: Runs) -> str:
+    """A line for each of the paper's columns: what there is of it, and what was run."""
+    judged = claims.stored(runs)
+    judged = judged[judged["kind"] == claims.PRIMARY]
+    experiments = [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")]
+    out = ["| the paper's column | configs | tested | run on its data | main claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
+    for data in dict.fromkeys(SMALL.values()):
+        stand_ins = [small for small, of in SMALL.items() if of == data]
+        names = [name for name in experiments if name.startswith(f"{data}_") and not name.startswith(tuple(stand_ins))]
+        ended = sum(len(runs.of(name)) for name in names)
+        said = []
+        for small in stand_ins:
+            counts = judged[judged["data"] == small]["verdict"].value_counts()
+            some = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != claims.NOT_RUN)
+            ran = any(len(runs.of(f"{small}_{cell}")) for cell in tables.table1(small))
+            said.append(f"`{small}_*`: {some or ('too few seeds' if ran else claims.NOT_RUN)}")
+        line = (TITLES[data], f"{len(names)} `{data}_*`", "each, on small data", f"{ended} runs" if ended else "no", "; ".join(said))
+        out.append(f"| {' | '.join(line)} |")
+    return "\n".join(out) + "\n"

@@ -1,0 +1,58 @@
+"""Blocks of README.md and docs/ are made of runs; what stands around them stays."""
+
+import pytest
+from listed import lines, written
+
+from results import blocks, store
+
+
+def test_a_block_is_made_anew(tmp_path):
+    runs = store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0, 61.0])))
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- a comment -->\n<!-- table1 cifar10_small: python -m results docs -->\nold\n<!-- end -->\nafter\n")
+    text = blocks.filled(page, runs)
+    assert text.startswith("before <!-- a comment -->\n<!-- table1 cifar10_small") and text.endswith("<!-- end -->\nafter\n")
+    assert "60.50" in text and "old" not in text
+    page.write_text(text)
+    assert blocks.filled(page, runs) == text
+
+
+def test_a_table_without_runs_is_the_command_that_fills_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table1 cifar10_small: python -m results docs -->\n<!-- end -->\n")
+    runs = store.Runs(written(tmp_path, lines("wmt16_small_sgp", [4.0], "train_loss_best")))
+    assert "\nNot run yet: `python scripts/reproduce.py table1 --data cifar10_small`.\n<!-- end" in blocks.filled(page, runs)
+    diverged = store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0], status="diverged")))
+    assert "diverged: 1 of 1" in blocks.filled(page, diverged)
+
+
+@pytest.mark.parametrize(
+    "text, remedy",
+    [
+        ("<!-- table9 cifar10_small: python -m results docs -->\n<!-- end -->\n", "a table table9 cifar10_small that there is not"),
+        ("<!-- claims: python -m results docs -->\nold\n", "the block claims has no <!-- end -->"),
+        (
+            "<!-- claims: python -m results docs -->\nold\n<!-- status: python -m results docs -->\n<!-- end -->\n",
+            "the block claims has no",
+        ),
+    ],
+)
+def test_what_is_no_block_is_named(text, remedy, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=remedy):
+        blocks.filled(page, store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0]))))
+
+
+def test_status_counts_runs_on_the_papers_own_data(tmp_path):
+    of_stand_ins = store.Runs(written(tmp_path, lines("imagenet_small_sgp", [60.0])))
+    cifar10, imagenet, wmt16 = (line.split(" | ") for line in blocks.status(of_stand_ins).splitlines()[2:])
+    assert [line[3] for line in (cifar10, imagenet, wmt16)] == ["no"] * 3
+    assert (cifar10[1], imagenet[1], wmt16[1]) == ("7 `cifar10_*`", "10 `imagenet_*`", "6 `wmt16_*`")
+    assert (
+        cifar10[4] == "`cifar10_small_*`: not run; `cifar10_small_loss_*`: not run |"
+        and imagenet[4] == "`imagenet_small_*`: too few seeds |"
+    )
+    assert wmt16[4] == "`wmt16_small_*`: not run |"
+    own = store.Runs(written(tmp_path, lines("cifar10_sgp", [93.0, 94.0])))
+    assert [line.split(" | ")[3] for line in blocks.status(own).splitlines()[2:]] == ["2 runs", "no", "no"]
