@@ -84,6 +84,7 @@ def test_a_fresh_clone_has_everything_to_do(checkout, script):
     assert "0 of 14 runs done" in out and not (checkout / "runs").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
     mine = checkout / "results/mine"
     (mine / "data").mkdir(parents=True)

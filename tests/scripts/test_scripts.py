@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +101,11 @@ def test_compare_says_what_is_wrong(tmp_path, compare):
     assert f"{tmp_path}/a is damaged" in compare(tmp_path)[0]
 
 
-def test_exporting_what_is_no_run_names_the_remedy(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/export_fairseq.py"), str(tmp_path), str(tmp_path / "model.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
-    assert done.returncode == 1 and "holds 0 averaged models: name a run's folder" in done.stderr and not list(tmp_path.iterdir())
+def test_exporting_what_is_no_run_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export_fairseq.py", str(tmp_path), str(tmp_path / "model.pt")])
+    with pytest.raises(SystemExit, match="holds 0 averaged models: name a run's folder"):
+        runpy.run_path(str(ROOT / "scripts/export_fairseq.py"), run_name="__main__")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):

@@ -66,7 +66,7 @@ def alone(m):
     return {case: trained(cluster, *case, False)[0][0] for case in cases() if case[3] == SMALL}
 
 
-@pytest.mark.parametrize("processes, m", [(2, 2), (2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes, m", [(2, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2, 4), (4, 2)))])
 def test_in_backward_is_late_to_the_last_bit(processes, m):
     whole = alone(m)
     for workers, results in spawn(compared, processes, m, timeout=250):

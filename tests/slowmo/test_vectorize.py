@@ -199,7 +199,7 @@ def test_the_memory_of_an_iteration_is_there_for_the_next():
     script = """
 import resource, torch, slowmo
 from torch.nn import functional as F
-from experiments.cifar10 import ResNet
+from experiments.tasks.resnet import ResNet
 from slowmo.vectorize import VmapReplicas
 torch.set_num_threads(1)
 at_once = VmapReplicas(slowmo.Replicas(ResNet([1, 1, 1, 0], 16), slowmo.Cluster(32)))
