@@ -28,7 +28,7 @@ KINDS = {"local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP}
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "fused": True}
 
 
-def contest(cluster, ours, theirs, iterations: int, rounds: int) -> list[float]:
+def paired_ratios(cluster, ours, theirs, iterations: int, rounds: int) -> list[float]:
     """Seconds of `ours` over `theirs`, each an iteration, in `rounds` pairs after one that warms up."""
 
     def seconds(call) -> float:
@@ -46,7 +46,7 @@ def contest(cluster, ours, theirs, iterations: int, rounds: int) -> list[float]:
     return ratios[1:]
 
 
-class Side:
+class Contestants:
     """The same model and batch for both sides. link: bits a second of emulated links, or None for a real model over loopback.
 
     On links computation is a wait, so that two cores can carry several hosts: half of ImageNet's in the paper, for half of its bytes.
@@ -109,13 +109,13 @@ class Side:
 
 
 def allreduce(link, rounds):
-    side = Side(link)
-    return contest(side.cluster, side.ours(slowmo.AllReduce), side.ddp(), 12, rounds)
+    side = Contestants(link)
+    return paired_ratios(side.cluster, side.ours(slowmo.AllReduce), side.ddp(), 12, rounds)
 
 
 def local_sgd(link, rounds, tau=12):
     """torch's is DDP without its gradient all-reduce, PostLocalSGDOptimizer around SGD, and PeriodicModelAverager."""
-    side = Side(link)
+    side = Contestants(link)
     model = copy.deepcopy(side.model)
     optimizer = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), **SETTINGS), PeriodicModelAverager(period=tau, warmup_steps=0))
 
@@ -124,7 +124,7 @@ def local_sgd(link, rounds, tau=12):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return contest(side.cluster, side.ours(slowmo.LocalSGD, functools.partial(outers.Average, tau=tau)), theirs, tau, rounds)
+    return paired_ratios(side.cluster, side.ours(slowmo.LocalSGD, functools.partial(outers.Average, tau=tau)), theirs, tau, rounds)
 
 
 def fairscale(link, rounds, base="localsgd", tau=12):
@@ -132,7 +132,7 @@ def fairscale(link, rounds, base="localsgd", tau=12):
     warnings.simplefilter("ignore", FutureWarning)  # of fairscale's own calls of torch
     from fairscale.experimental.nn.data_parallel import SlowMoDistributedDataParallel
 
-    side = Side(link, torch.contiguous_format)  # fairscale knows no other
+    side = Contestants(link, torch.contiguous_format)  # fairscale knows no other
     kind = slowmo.LocalSGD if base == "localsgd" else slowmo.SGP
     ours = side.ours(kind, functools.partial(outers.SlowMo, tau=tau, beta=0.6, buffers="maintain"))
     for name in ("synchronize", "current_stream", "Stream", "stream"):
@@ -157,7 +157,7 @@ def fairscale(link, rounds, base="localsgd", tau=12):
         return iteration
 
     # memory-efficient or not: the faster of the two counts
-    return max((contest(side.cluster, ours, theirs(efficient), tau, rounds) for efficient in (False, True)), key=statistics.median)
+    return max((paired_ratios(side.cluster, ours, theirs(efficient), tau, rounds) for efficient in (False, True)), key=statistics.median)
 
 
 def wire(link, rounds, what="gossip", megabytes=16):
@@ -178,45 +178,45 @@ def wire(link, rounds, what="gossip", megabytes=16):
 
 def overlap(link, rounds):
     """OSGP where computation is longer than the message: over computation alone."""
-    side = Side(link)
-    return contest(side.cluster, side.ours(slowmo.OSGP), side.computing(), 12, rounds)
+    side = Contestants(link)
+    return paired_ratios(side.cluster, side.ours(slowmo.OSGP), side.computing(), 12, rounds)
 
 
 def overlap_of_messages(link, rounds):
     """OSGP where the message is longer: over messages one after another."""
-    side = Side(link)
+    side = Contestants(link)
     side.model = Waiting(round(MEGABYTES * 1e6 / 4), COMPUTE / 7)
     rows = torch.zeros(1, round(MEGABYTES * 1e6 / 4))
     out = torch.empty_like(rows)
-    return contest(side.cluster, side.ours(slowmo.OSGP), lambda: side.cluster.shift(rows, 1, out)(), 12, rounds)
+    return paired_ratios(side.cluster, side.ours(slowmo.OSGP), lambda: side.cluster.shift(rows, 1, out)(), 12, rounds)
 
 
 def over_computation(link, rounds, base="sgp", outer=False, tau=12, overlap=True):
     """An algorithm over computation alone, the optimizer's step included in both."""
-    side = Side(link)
+    side = Contestants(link)
     slow = functools.partial(outers.SlowMo, tau=tau, beta=0.6) if outer else None
-    return contest(side.cluster, side.ours(KINDS[base], slow, overlap), side.computing(), 12, rounds)
+    return paired_ratios(side.cluster, side.ours(KINDS[base], slow, overlap), side.computing(), 12, rounds)
 
 
 def over_allreduce(link, rounds, tau=12):
-    side = Side(link)
+    side = Contestants(link)
     slow = functools.partial(outers.SlowMo, tau=tau, beta=0.6)
-    return contest(side.cluster, side.ours(slowmo.SGP, slow), side.ours(slowmo.AllReduce), 12, rounds)
+    return paired_ratios(side.cluster, side.ours(slowmo.SGP, slow), side.ours(slowmo.AllReduce), 12, rounds)
 
 
 def long_message(link, rounds):
     """SGP where the message takes twice as long as backward, as WMT16's does: over forward and the message's bytes at the link's rate."""
-    side = Side(link)
+    side = Contestants(link)
     message = MEGABYTES * 1e6 * 8 / link
     side.model = Waiting(round(MEGABYTES * 1e6 / 4), message * 0.75)  # a third of it forward
     least = message * 0.25 + message
-    return contest(side.cluster, side.ours(slowmo.SGP), lambda: time.sleep(least), 12, rounds)
+    return paired_ratios(side.cluster, side.ours(slowmo.SGP), lambda: time.sleep(least), 12, rounds)
 
 
 def over_base(link, rounds, base="local_sgd", tau=12):
     """SlowMo over its base; Local SGD averages as often, SGP and OSGP do not."""
-    side = Side(link)
+    side = Contestants(link)
     kind = KINDS[base]
     slow = side.ours(kind, functools.partial(outers.SlowMo, tau=tau, beta=0.6))
     plain = side.ours(kind, functools.partial(outers.Average, tau=tau) if base == "local_sgd" else None)
-    return contest(side.cluster, slow, plain, tau, rounds)
+    return paired_ratios(side.cluster, slow, plain, tau, rounds)

@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from results.store import RunId
 from results.tables import CONFIGS, LABELS, TEXT, published
 
 PAYLOAD = 1448 / 1514  # TCP over frames of 1500 bytes
@@ -86,7 +87,7 @@ class Links:
 @functools.cache
 def algorithm(run: str) -> dict:
     """What a run `experiment[,outer.tau=T]` sends, from its files: base, tau (None: never), averaged and gossiped blocks."""
-    experiment, *overrides = run.split(",")
+    experiment, overrides = RunId.parse(run)
     own = yaml.safe_load((CONFIGS / f"experiment/{experiment}.yaml").read_text())
     chosen = {key: value for part in own["defaults"] if isinstance(part, dict) for key, value in part.items()}
     outer = _group("outer", chosen["override /outer"]) | own.get("outer", {})

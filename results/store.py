@@ -1,6 +1,7 @@
 """A folder of results: lists in data/*.csv, what is made of them in tables/, figures/, report.html. Lists are read and written here."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -36,6 +37,21 @@ MAKES = {
     "trials": "python scripts/tune.py makes it",
     "claims": "python -m results claims makes it",
 }
+
+
+class RunId(NamedTuple):
+    """What a run is of, whatever its seed. As text it is the name of its folder: `experiment[,key=value...]`."""
+
+    experiment: str
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, run: str) -> "RunId":
+        experiment, *overrides = run.split(",")
+        return cls(experiment, tuple(overrides))
+
+    def __str__(self) -> str:
+        return ",".join((self.experiment, *self.overrides))
 
 
 class Store:

@@ -16,7 +16,7 @@ import yaml
 from scipy import stats
 
 from results import inference
-from results.store import PUBLISHED, Runs, Store, save
+from results.store import PUBLISHED, RunId, Runs, Store, save
 
 PAPER = PUBLISHED.folder / "paper.yaml"
 CONFIGS = PUBLISHED.folder.parent / "configs"
@@ -159,13 +159,13 @@ def default(experiment: str, key: str):
 
 def run_name(experiment: str, **outer) -> str:
     """The name of an experiment's run with other values of `outer.<key>`, as its folder has it."""
-    words = [f"outer.{key}={value}".removesuffix(".0") for key, value in sorted(outer.items()) if value != default(experiment, key)]
-    return ",".join([experiment, *words])
+    words = (f"outer.{key}={value}".removesuffix(".0") for key, value in sorted(outer.items()) if value != default(experiment, key))
+    return str(RunId(experiment, tuple(words)))
 
 
 def command(run: str, seeds) -> str:
     """What fills a cell."""
-    experiment, *overrides = run.split(",")
+    experiment, overrides = RunId.parse(run)
     seeds = list(seeds)
     return " ".join(["python run.py", *(["-m"] if len(seeds) > 1 else []), f"experiment={experiment}", *overrides,
                      f"seed={','.join(map(str, seeds))}"])  # fmt: skip

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from results import claims, collect, tables  # noqa: E402
 from results.inference import LOOKS  # noqa: E402
-from results.store import MINE, PUBLISHED, Runs  # noqa: E402
+from results.store import MINE, PUBLISHED, RunId, Runs  # noqa: E402
 from results.tables import SMALL, layout  # noqa: E402
 
 EACH = ("table1", "best", "nll", "table2", "noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce")
@@ -148,7 +148,7 @@ def show(jobs, missing, paces) -> None:
 
 def seconds(run: str, paces: dict) -> float | None:
     """What a run will take: as it took before, or as its experiment's own run did, iteration by iteration."""
-    experiment, *overrides = run.split(",")
+    experiment, overrides = RunId.parse(run)
     pace, steps = paces.get(run) or paces.get(experiment) or (None, None)
     length = [int(word.removeprefix("steps=")) for word in overrides if word.startswith("steps=")]
     return pace and pace * (length[0] if length else steps)
@@ -156,7 +156,7 @@ def seconds(run: str, paces: dict) -> float | None:
 
 def target(run: str) -> str:
     """The cost that the experiment's file names."""
-    config = yaml.safe_load((ROOT / f"configs/experiment/{run.split(',')[0]}.yaml").read_text())
+    config = yaml.safe_load((ROOT / f"configs/experiment/{RunId.parse(run).experiment}.yaml").read_text())
     return config.get("target", {}).get("cost", "cost unknown")
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from results import collect  # noqa: E402
 from results.store import COLUMNS as LISTS  # noqa: E402
-from results.store import MINE, PUBLISHED, save  # noqa: E402
+from results.store import MINE, PUBLISHED, RunId, save  # noqa: E402
 from results.tables import LOSS_TIERS, SMALL, TEXT, table1  # noqa: E402
 
 RATES = {number: float(f"{0.1 * 3 ** (number / 2):.2g}") for number in range(-8, 9)}  # 0.1, 0.17, 0.3, ...
@@ -139,7 +139,7 @@ class Tuner:
         """Put this experiment's finished trials into the list."""
         lines = []
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
-            if path.parts[-3].partition(",")[0] != experiment:
+            if RunId.parse(path.parts[-3]).experiment != experiment:
                 continue
             try:
                 line, _ = collect.read(path.parent)

@@ -58,7 +58,7 @@ class LocalSGD:
 
     @property
     def started(self) -> bool:
-        return self.handover.armed
+        return self.handover.enabled
 
     @torch.no_grad()
     def start(self, lr: float | None = None, average: str | None = None) -> None:
@@ -73,7 +73,7 @@ class LocalSGD:
                 group["lr"] = lr
         self.inner.pull()
         first, self._average = not self.started, average
-        self.handover.arm(self._advance, self.overlap and self._early(), self._behind())
+        self.handover.enable(self._advance, self.overlap and self._early(), self._behind())
         if first:
             self._begin()
 

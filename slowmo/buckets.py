@@ -224,16 +224,16 @@ class Handover:
         self.starter: Callable[[], None] | None = None  # called where gradients arrive for a step that nobody has started
         if hooks:
             replicas.register_grad_hook(self._arrived)
-        self.advance: Callable[[Bucket], None]  # from `arm` on
+        self.advance: Callable[[Bucket], None]  # from `enable` on
         self.overlap, self.behind = False, 0.0
-        self.armed, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
+        self.enabled, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list[Pending] = []
         self.missing: list[int] = []
         self.passes, self.graphs = 0, set[int]()  # backward passes of this step that have ended; those that have begun, by torch's number
 
-    def arm(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
+    def enable(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
         """A step begins."""
-        self.advance, self.overlap, self.behind, self.armed = advance, overlap, behind, True
+        self.advance, self.overlap, self.behind, self.enabled = advance, overlap, behind, True
         self.rearm()
 
     def rearm(self) -> None:
@@ -253,12 +253,12 @@ class Handover:
             before_advancing()
         while self.first_waiting < len(self.buckets):
             self._advance()
-        self.armed, self.touched, self.first_waiting, self.first_unsent = False, False, 0, 0
+        self.enabled, self.touched, self.first_waiting, self.first_unsent = False, False, 0, 0
 
     def drop(self) -> None:
         """The step is not taken. RuntimeError where backward has begun to."""
         self.rearm()
-        self.armed = False
+        self.enabled = False
 
     def settle(self) -> None:
         """Wait for the means that are under way, so that gradients are what they will be."""
@@ -272,9 +272,9 @@ class Handover:
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, during_backward: bool = True) -> None:
-        if not self.armed and self.starter:
+        if not self.enabled and self.starter:
             self.starter()
-        if not self.armed or self.paused or not (self.overlap or self.reduce):
+        if not self.enabled or self.paused or not (self.overlap or self.reduce):
             return
         if bucket.index < self.first_unsent:
             raise RuntimeError(

@@ -82,17 +82,17 @@ def train(task: Task, replicas: Replicas, algorithm: Algorithm, schedule: Callab
     see vectorize.py. before_average: called with the number of finished inner steps just before each slow step; its time is not training.
     """
     cluster = replicas.cluster
-    together: VmapReplicas | Literal[False] | None = None
+    at_once: VmapReplicas | Literal[False] | None = None
     for step in range(algorithm.steps, steps):
         next_batches = functools.partial(task.batches, step, cluster.local_workers, (cluster.worker_rank, cluster.worker_size))
-        if together is None:  # trying it out is not training
+        if at_once is None:  # trying it out is not training
             mode = vectorize if len(replicas.models) > 1 else False
-            together = vectorized(replicas, task.loss, next(iter(next_batches())) if mode else None, mode) or False
+            at_once = vectorized(replicas, task.loss, next(iter(next_batches())) if mode else None, mode) or False
         meter.start()
         algorithm.start(schedule(step))
         batches = next_batches()
-        if together:
-            meter.losses += together(task.loss, list(batches))
+        if at_once:
+            meter.losses += at_once(task.loss, list(batches))
             batches = ()
         for i, batch in enumerate(batches):
             row, k = divmod(i, replicas.accumulate)

@@ -155,7 +155,7 @@ def test_a_bucket_waits_for_those_before_it():
             segment.adopt(0, [list(replicas.models[0].parameters())[place.index] for place in segment.places])
     gone = []
     handover = algorithm.handover
-    handover.arm(lambda piece: gone.append(piece.index), True)
+    handover.enable(lambda piece: gone.append(piece.index), True)
     for index, expected in ((2, []), (0, [0]), (3, [0]), (1, [0, 1, 2, 3]), (7, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])):
         handover._arrived(pieces[index])
         assert gone == expected
