@@ -134,7 +134,7 @@ def experiment(given: DictConfig, row: str) -> DictConfig:
 
 
 def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]:
-    """In each process: every row in turn. A line for each row and round: milliseconds an iteration, the mean over processes."""
+    """In each process: every row in turn. A line for each row and round: milliseconds per iteration, the mean over processes."""
     torch.set_num_threads(1)
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
     first = next(iter(experiments.values()))
@@ -149,7 +149,7 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
                 done = (round_ * len(rows) + k + 1) / (given.rounds * len(rows))
                 left = (time.monotonic() - begun) * (1 / done - 1)
                 print(
-                    f"round {round_ + 1}/{given.rounds} {row:32}{1e3 * times[row][-1]:8.1f} ms an iteration, {left / 60:.1f} minutes left",
+                    f"round {round_ + 1}/{given.rounds} {row:32}{1e3 * times[row][-1]:8.1f} ms per iteration, {left / 60:.1f} minutes left",
                     flush=True,
                 )
     facts = {"data": given.data, "hosts": given.hosts, "node": given.node, "network": "loopback", "rate": "-", "delay": "-"}
@@ -185,7 +185,7 @@ def prepared(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone:
 
 
 def timed(algorithm, compute, cluster, warmup: int, iterations: int, early: bool = True) -> float:
-    """Seconds an iteration on this process. early: gradients may be averaged during backward."""
+    """Seconds per iteration on this process. early: gradients may be averaged during backward."""
     cluster.barrier()
     for k in range(warmup + iterations):
         if k == warmup:

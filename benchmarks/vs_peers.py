@@ -47,7 +47,7 @@ def paired_ratios(cluster, ours, theirs, iterations: int, rounds: int) -> list[f
 
 
 class Contestants:
-    """The same model and batch for both sides. link: bits a second of emulated links, or None for a real model over loopback.
+    """The same model and batch for both sides. link: bits per second of emulated links, or None for a real model over loopback.
 
     On links computation is a wait, so that two cores can carry several hosts: half of ImageNet's in the paper, for half of its bytes.
     """

@@ -33,7 +33,7 @@ from results.store import RunId
 from results.tables import CONFIGS, LABELS, TEXT, published
 
 PAYLOAD = 1448 / 1514  # TCP over frames of 1500 bytes
-INSIDE = 1.2e12  # bits a second between the processes of a node: the NVLinks of a V100
+INSIDE = 1.2e12  # bits per second between the processes of a node: the NVLinks of a V100
 LATENCY = 50e-6  # of 10 Gbit/s Ethernet through a switch, with TCP
 BUCKET = 25 * 2**20  # bytes
 CLOSE = 0.15
@@ -59,7 +59,7 @@ TASKS = {"imagenet": Task(25_557_032, 32), "wmt16": Task(209_911_808, 8)}
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """m nodes of g processes. rate in bits a second; latency in seconds, one way. Each cost is [seconds of bytes, of latency]."""
+    """m nodes of g processes. rate in bits per second; latency in seconds, one way. Each cost is [seconds of bytes, of latency]."""
 
     nodes: int
     rate: float = 10e9
@@ -161,7 +161,7 @@ def seconds(*arguments, **options) -> float:
 
 
 def paper(data: str) -> dict[str, float]:
-    """Table 2's column: seconds an iteration of each cell."""
+    """Table 2's column: seconds per iteration of each cell."""
     found = {cell: published(f"{data}_{cell}", "milliseconds") for cell in LABELS if (CONFIGS / f"experiment/{data}_{cell}.yaml").exists()}
     return {cell: value / 1000 for cell, value in found.items() if value is not None}
 
@@ -209,7 +209,7 @@ def model(lines: pd.DataFrame) -> pd.Series:
 
 
 def number(text: str) -> float:
-    """`400mbit` in bits a second, `0.1ms` in seconds."""
+    """`400mbit` in bits per second, `0.1ms` in seconds."""
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3}
     digits = text.rstrip("kmgbitus")
     return float(digits) * units[text.removeprefix(digits)]

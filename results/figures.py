@@ -14,7 +14,7 @@ import pandas as pd
 
 from results import cost_model
 from results.store import Curves, Runs, Store
-from results.tables import ACCURACY, LABELS, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
+from results.tables import ACCURACY, LABELS, LAST, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
 
 STYLE = Path(__file__).parent / "report/paper.mplstyle"
 MARKERS = "osD^v"
@@ -61,10 +61,15 @@ def styled(cell: str, data: str) -> dict:
     return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "", "label": LABELS[cell]}
 
 
+def worded(metric) -> str:
+    """A vertical axis: its unit belongs to it."""
+    return f"validation {metric.title.rpartition(', ')[0]}" + " (%)" * metric.name.startswith("accuracy")
+
+
 def fig2(data: str, runs: Runs, curves: Curves):
-    """Validation against epochs, each base with and without SlowMo; the band is the least and largest of a worker's own model."""
+    """Validation against epochs, each base with and without SlowMo, AllReduce beside it; the band is over the workers' own models."""
     metric = measure(data)
-    name = metric.name.removesuffix("_best")
+    name, every = metric.name.removesuffix("_best"), table1(data)[-1]
     pairs = [(base, f"slowmo_{base}") for base in table1(data) if f"slowmo_{base}" in table1(data)]
     pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
     if not pairs:
@@ -72,12 +77,14 @@ def fig2(data: str, runs: Runs, curves: Curves):
     figure, axes = plt.subplots(1, len(pairs), sharey=True, figsize=(2.6 * len(pairs) + 0.8, 3.2), squeeze=False)
     banded = False
     for axis, pair in zip(axes[0], pairs):
-        for cell in pair:
+        for cell in (*pair, every):
             found = curves.of(f"{data}_{cell}")
             if found.empty:
                 continue
             style = styled(cell, data)
-            axis.plot(found["epoch"], found[name], **style)
+            axis.plot(found["epoch"], found[name], **style | {"label": f"{style['label']} (n = {found['seeds'].max()})"})
+            if cell == every:
+                continue
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
             banded |= found[f"{name}_worker_min"].notna().any()
             axis.fill_between(
@@ -85,8 +92,8 @@ def fig2(data: str, runs: Runs, curves: Curves):
             )
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
         axis.legend(loc="lower right" if metric.more else "upper right")
-    axes[0][0].set_ylabel(metric.title.removesuffix(", best"))
-    what = "band: least and largest of the workers' own models just before the average, over seeds" if banded else ""
+    axes[0][0].set_ylabel(worded(metric))
+    what = "band: least and largest of the workers' own models just before the average, mean over seeds" if banded else ""
     return titled(figure, data, what)
 
 
@@ -107,8 +114,7 @@ def teaser(runs: Runs, curves: Curves):
         mean, half = by.mean(), by.apply(interval)
         axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
         axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
-    unit = " (%)" if name == "accuracy" else ""
-    axis.set(xlabel="epochs", ylabel=f"validation {metric.title.removesuffix(', best')}{unit}")
+    axis.set(xlabel="epochs", ylabel=worded(metric))
     axis.legend(loc="lower right" if metric.more else "upper right")
     return titled(figure, data, "mean over n seeds; band: 95% interval of the mean")
 
@@ -123,11 +129,14 @@ def wallclock(data: str, runs: Runs, curves: Curves):
             continue
         seconds, how = clock(data, cell, found)
         drawn.add(how)
-        axis.plot(seconds, found[metric.name.removesuffix("_best")], **styled(cell, data))
+        style = styled(cell, data)
+        label = f"{style['label']} (n = {found['seeds'].max()})"
+        axis.plot(seconds, found[metric.name.removesuffix("_best")], **style | {"label": label})
     if not drawn:
         plt.close(figure)
         return None
-    axis.set(xlabel=f"seconds, {' or '.join(sorted(drawn))}", ylabel=metric.title.removesuffix(", best"))
+    axis.set(xlabel=f"seconds, {' or '.join(sorted(drawn))}", ylabel=worded(metric))
+    axis.set_xlim(left=0)
     axis.legend()
     return titled(figure, data, "")
 
@@ -140,25 +149,30 @@ def clock(data: str, cell: str, found: pd.DataFrame):
 
 
 def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
-    """A sweep's metric against its value, SGP alone as a level."""
-    metric = measure(data)
-    points, base = [], runs.values(f"{data}_sgp", metric.name)
+    """A sweep's last metric against its value; SGP alone and AllReduce as levels."""
+    metric = NLL[True][0] if data in TEXT else LAST
+    points = []
     for value, run in sweep(data, key):
         values = runs.values(run, metric.name)
         if len(values):
-            points.append((value, values.mean(), interval(values)))
+            points.append((value, values.mean(), interval(values), len(values)))
     if len(points) < 2:
         return None
     figure, axis = plt.subplots()
-    x, y, half = zip(*points)
-    axis.errorbar(x, y, yerr=half, marker="o", capsize=3, label="SGP + SlowMo")
-    if len(base):
-        axis.axhline(base.mean(), color="C1", linestyle="--", label="SGP")
+    x, y, half, n = zip(*points)
+    style = styled("slowmo_sgp", data)
+    label = f"SGP + SlowMo (n = {min(n)}" + f" to {max(n)}" * (max(n) > min(n)) + ")"
+    axis.errorbar(x, y, yerr=half, capsize=3, **style | {"label": label})
+    for cell in ("sgp", table1(data)[-1]):
+        level = runs.values(f"{data}_{cell}", metric.name)
+        if len(level):
+            style = styled(cell, data)
+            axis.axhline(level.mean(), color=style["color"], linestyle="--", label=f"{style['label']} (n = {len(level)})")
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(x, [f"{value:g}" for value in x])
     axis.minorticks_off()
-    axis.set(xlabel=sign, ylabel=metric.title)
+    axis.set(xlabel=sign, ylabel=worded(metric))
     axis.legend()
     return titled(figure, data, "bars: 95% interval of the mean over seeds")
 
@@ -187,7 +201,8 @@ def clusters(out: Path, nodes=cost_model.NODES, rates=cost_model.RATES) -> None:
                     axis.plot(part["nodes"], part["milliseconds"], **style)
                 axis.set_xscale("log", base=2)
                 axis.set(xlabel="nodes", title=f"{rate:g} Gbit/s")
-            axes[0][0].set_ylabel("ms an iteration, modelled")
+            axes[0][0].set_ylabel("ms per iteration, modelled")
+            axes[0][0].set_ylim(bottom=0)
             axes[0][-1].legend()  # where lines lie low
             save(titled(figure, data, ""), out, f"runtime_{data}")
 

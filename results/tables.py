@@ -72,7 +72,7 @@ NLL = {
     False: (Metric("nll_last", "NLL, last", 3, False), Metric("nll_best", "NLL, best", 3, False)),
     True: (Metric("nll_base2_last", "NLL in base 2, last", 3, False), Metric("nll_base2_best", "NLL in base 2, best", 3, False)),
 }
-TIME = Metric("milliseconds", "ms an iteration", 0, False)
+TIME = Metric("milliseconds", "ms per iteration", 0, False)
 
 
 @dataclasses.dataclass(frozen=True)

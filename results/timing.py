@@ -34,7 +34,7 @@ NOTES = {
     " the next batch is read or gradients are still formed. Ours is sent when the step is done and waited for, as its"
     " definition says; the fit spreads the difference over all cells. AllReduce: the paper's 420 is compute and a "
     "whole ring one after the other. Double-averaging over Local SGD: an average of two blocks every 12 iterations "
-    "cannot cost 111 ms an iteration more than Local SGD; over SGP the paper's costs 98 more, about one message. Both"
+    "cannot cost 111 ms per iteration more than Local SGD; over SGP the paper's costs 98 more, about one message. Both"
     " fit buffers that are exchanged at every iteration, which is not what averaging every τ says.",
     "wmt16": "SGP's 1225 ms, 2.4 times Local Adam's, are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s, and SGP waits "
     "for all of it.",

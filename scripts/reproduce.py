@@ -116,7 +116,7 @@ def publish(options) -> list[str]:
 
 
 def known() -> tuple[set, dict]:
-    """Runs that ended, by runs/; and of each run, by any seed, here or published, (seconds an iteration, iterations)."""
+    """Runs that ended, by runs/; and of each run, by any seed, here or published, (seconds per iteration, iterations)."""
     done, paces = set(), {}
     for path in sorted((ROOT / "runs").glob("*/seed*/result.json")):
         try:

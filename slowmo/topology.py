@@ -29,7 +29,7 @@ class Graph(Protocol):
 class Exponential:
     """One-peer directed exponential graph: offsets 1, 2, 4, ... < m in turn, half kept, half sent (Assran et al. 2019).
 
-    `peers` = 2 is its two-peer form: two consecutive offsets a step, a third kept. With m a power of two and one peer, log2(m) rounds
+    `peers` = 2 is its two-peer form: two consecutive offsets per step, a third kept. With m a power of two and one peer, log2(m) rounds
     are the exact average.
     """
 
@@ -56,7 +56,7 @@ class Ring:
 
 
 class Complete:
-    """Everybody to everybody: one round is the exact average. m - 1 messages a worker: for comparison, not for speed."""
+    """Everybody to everybody: one round is the exact average. m - 1 messages per worker: for comparison, not for speed."""
 
     def __init__(self, size: int):
         self.size, self.cycle = size, 1

@@ -41,7 +41,7 @@ class Progress:
             self.bar.stop()
 
     def step(self, step: int, lr: float, meter) -> None:
-        """Shown at most four times a second, so that a GPU is not made to wait for its loss; the last step always."""
+        """Shown at most four times per second, so that a GPU is not made to wait for its loss; the last step always."""
         if not self.is_main:
             return
         now = time.monotonic()

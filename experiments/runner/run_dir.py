@@ -4,7 +4,7 @@ runs/<experiment>[,<key>=<value>...]/seed<seed>/
     config.yaml      the resolved config
     metrics.jsonl    one row an evaluation
     log.txt          what the screen showed, and the training loss every `log_every` steps
-    result.json      best and last, seconds an iteration, where and with what, checksums: written when the run has ended
+    result.json      best and last, seconds per iteration, where and with what, checksums: written when the run has ended
     final.npz        all iterates, for tasks whose iterates are small
     checkpoints/     the last two, with the metric rows up to each; see slowmo/checkpoint.py
     models/          the averaged model at the last `evaluate.keep` evaluations: safetensors, the model's own names

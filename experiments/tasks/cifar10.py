@@ -48,7 +48,7 @@ class Cifar10(Task):
     def batches(self, step: int, workers, part: tuple[int, int]):
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.batch % part[1]:
-            raise ValueError(f"{self.batch} pictures a worker over its {part[1]} processes: choose task.batch_size so that it divides")
+            raise ValueError(f"{self.batch} pictures per worker over its {part[1]} processes: choose task.batch_size so that it divides")
         size = self.batch // part[1]
         start = position * self.batch + part[0] * size
         drawn = torch.cat([self._draw(epoch, i)[:, start : start + size] for i in workers], dim=1).to(self.device)

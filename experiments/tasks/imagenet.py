@@ -82,7 +82,7 @@ class ImageNet(HalfPrecision):
 
     def batches(self, step: int, workers, part: tuple[int, int]):
         if self.batch % part[1]:
-            raise ValueError(f"{self.batch} pictures a worker over its {part[1]} processes: choose task.batch_size so that it divides")
+            raise ValueError(f"{self.batch} pictures per worker over its {part[1]} processes: choose task.batch_size so that it divides")
         asked = (step, workers, part)
         if self.num_loader_workers and asked == self._next:  # the second step in a row: from now on the loaders work ahead
             if self._ahead is None:

@@ -159,7 +159,7 @@ class WMT16(HalfPrecision):
     def batches(self, step: int, workers, part: tuple[int, int]):
         lane, processes = part
         if self.pieces % processes:
-            raise ValueError(f"{self.pieces} pieces a worker over its {processes} processes: choose task.pieces so that it divides")
+            raise ValueError(f"{self.pieces} pieces per worker over its {processes} processes: choose task.pieces so that it divides")
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, 2, epoch]).permutation(len(self._batches))

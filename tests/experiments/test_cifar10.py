@@ -79,7 +79,7 @@ def test_the_processes_of_a_worker_share_its_batch(arrays, lanes):
         parts = [make().batches(step, range(WORKERS), (lane, lanes)) for lane in range(lanes)]
         joined = [[torch.cat([part[i][k] for part in parts]) for k in (0, 1)] for i in range(WORKERS)]
         assert same(joined, whole) and len(parts[0][0][1]) == 4 // lanes
-    with pytest.raises(ValueError, match="4 pictures a worker over its 3 processes: choose task.batch_size"):
+    with pytest.raises(ValueError, match="4 pictures per worker over its 3 processes: choose task.batch_size"):
         task.batches(0, [0], (0, 3))
 
 

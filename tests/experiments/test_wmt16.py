@@ -91,7 +91,7 @@ def test_the_processes_of_a_node_share_the_pieces(processes, make):
         for lane, part in enumerate(parts):
             mine = part[worker * count : (worker + 1) * count]
             assert same([(sample, processes * share) for sample, share in pieces[lane::processes]], mine)
-    with pytest.raises(ValueError, match="4 pieces a worker over its 3 processes: choose task.pieces"):
+    with pytest.raises(ValueError, match="4 pieces per worker over its 3 processes: choose task.pieces"):
         next(task.batches(0, range(1), (0, 3)))
 
 
