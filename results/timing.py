@@ -24,10 +24,9 @@ SCALING = (
     " 5% less than AllReduce's."
 )
 MISSED = (
-    "Over fairscale 0.90 cannot be reached: both send the same bytes, and ours go at the links' limit (rows *gossip* and "
-    "*exact average*). On these links an iteration of Local SGD whose averages took no time at all would be at 0.96. OSGP's"
-    " message is under way while gradients are formed, so it takes a block of its own; SGP's comes into the gradients' "
-    "block when the optimizer has used it."
+    "Rows on loopback have nothing to hide a message behind: it takes the cores that compute. SGP with a long message leaves the link "
+    "idle until the first bucket has its gradients. OSGP's message is under way while gradients are formed, so it takes memory of its "
+    "own; SGP's comes into the gradients' memory when the optimizer has used it."
 )
 NOTES = {
     "imagenet": "SGP: the paper's waits for 33 ms of a message of 86 if OSGP's 271 are taken as compute: some of it travels while"
