@@ -194,7 +194,8 @@ class Cluster:
         """Rank 0's `values` everywhere, in place; on any device, with any strides."""
         if self.world_size > 1:
             sent = values.detach().to(self.device).contiguous()  # nccl knows no CPU
-            self._wait(dist.broadcast(sent, 0, group=self._group, async_op=True))
+            # as bytes: not every backend of every torch knows every dtype
+            self._wait(dist.broadcast(sent.reshape(-1).view(torch.uint8), 0, group=self._group, async_op=True))
             if sent.data_ptr() != values.data_ptr():
                 values.detach().copy_(sent)
 

@@ -12,7 +12,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 state=/run/slowmo_network # wire: the delay's process; facts: what is up
-fail() { echo "emulated_network: $*" >&2; exit 2; }
+fail() { echo "network: $*" >&2; exit 2; }
 usage="usage: benchmarks/links/network.sh up|with --hosts M --rate 1gbit [--delay 0.1ms] [-- COMMAND...] | down"
 
 down() {

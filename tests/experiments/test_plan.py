@@ -381,11 +381,11 @@ def test_an_experiment_of_the_user_on_a_shape_of_ours(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(
         "# @package _global_\ndefaults: [shape/cifar10_small, override /optimizer: adam, override /base/graph: ring, override /base: sgp]\n"
-        "optimizer: {lr: 0.01}\nbase: {messages: bfloat16}\n"
+        "optimizer: {lr: 0.01}\nbase: {comm_dtype: bfloat16}\n"
     )
     where = f"hydra.searchpath=[file://{tmp_path}]"
     found = composed(where, "experiment=mine")
-    assert (found.cfg.optimizer.lr, found.cfg.base.messages, found.cfg.task.width) == (0.01, "bfloat16", 16)
+    assert (found.cfg.optimizer.lr, found.cfg.base.comm_dtype, found.cfg.task.width) == (0.01, "bfloat16", 16)
     assert "momentum" not in found.cfg.optimizer and found.cfg.optimizer.weight_decay == 0.0
     assert composed(where, "experiment=mine", "optimizer=sgd").cfg.optimizer.momentum == 0.9  # the shape's own choice again
 

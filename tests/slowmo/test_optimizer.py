@@ -519,7 +519,7 @@ class Signed(torch.optim.Optimizer):
 
 
 STRANGERS = {
-    "muon": lambda params: torch.optim.Muon(params, lr=0.02),
+    **({"muon": lambda params: torch.optim.Muon(params, lr=0.02)} if hasattr(torch.optim, "Muon") else {}),  # torch 2.9
     "adafactor": lambda params: torch.optim.Adafactor(params, lr=0.02),
     "lars": lambda params: Trust(params, lr=0.1, coefficient=0.1),
     "sign": lambda params: Signed(params, lr=0.01),

@@ -29,7 +29,7 @@ CLASHES = (
     "~base", "~cluster.device", "launch=local launch.processes=3 workers=4", "launch=slurm launch.nodes=3 workers=4",
     "optimizer=sgd optimizer.betas=[0.9,0.99]", "optimizer._target_=os.system", "optimizer._target_=torch.optim.Nope",
     "outer._target_=3", "base._target_=null", "optimizer.nesterov=true optimizer.momentum=0",
-    "schedule=step schedule.milestones=[9,1]", "schedule=inverse_sqrt schedule.warmup=0", "base=sgp base.messages=float8",
+    "schedule=step schedule.milestones=[9,1]", "schedule=inverse_sqrt schedule.warmup=0", "base=sgp base.comm_dtype=float8",
 )  # fmt: skip
 
 
