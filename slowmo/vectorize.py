@@ -57,8 +57,9 @@ class VmapReplicas:
     def __call__(self, loss: Loss, batches: list[Any]) -> torch.Tensor:
         """Each replica's loss `[n]` on its batch, after backward. RuntimeError, or ValueError for batches that do not stack."""
         losses, found = self.gradients_of(loss, batches, self.parameters, self.buffers)
-        for gradient, part in zip(self.gradients, found):
-            gradient.add_(part)
+        with torch.no_grad():
+            for gradient, part in zip(self.gradients, found):
+                gradient.add_(part)
         self.replicas.announce_grads()
         return losses
 

@@ -134,6 +134,8 @@ def accept(words, patch):
             assert os.access(ROOT / script, os.X_OK)
         case ["export", assignment]:
             assert assignment == f"PYTHONPATH={OWN.relative_to(ROOT)}"
+        case ["jupyter-execute", "--inplace", pattern]:
+            assert list(ROOT.glob(pattern))
         case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"] | ["conda", "env", "create", "-f", "environment.yml"]:
             pass
         case _:

@@ -14,8 +14,12 @@ NEEDS = {"loop": None, "fabric": "lightning", "lightning_module": "lightning", "
 STEPS, TAU = 66, 12
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", NEEDS)
+CASES = [(name, ranks) for name in NEEDS for ranks in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "name, ranks", [pytest.param(*case, marks=pytest.mark.slow if case[1] == 1 and case[0] != "loop" else []) for case in CASES]
+)
 def test_example(name, ranks):
     if NEEDS[name] and not importlib.util.find_spec(NEEDS[name]):
         pytest.skip(f"{NEEDS[name]} is not installed: pip install 'slowmo-suite[examples]'")

@@ -48,6 +48,7 @@ def test_rows_measured_again_take_the_place_of_the_old(tmp_path):
 
 
 @root
+@pytest.mark.slow
 def test_rows_on_links(tmp_path):
     done = benchmarks("--only", "links: gossip", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

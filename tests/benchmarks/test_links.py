@@ -167,7 +167,7 @@ def test_every_row_of_table_2_is_measured(tmp_path):
 
 
 @root
-@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("ended", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_measurement_that_is_ended_leaves_nothing_behind(ended, tmp_path):
     command = [sys.executable, "-m", "benchmarks.table2", f"out={tmp_path}/data/links.csv", "benchmark.hosts=2", "benchmark.compute=0.002",
                "benchmark.scale=1000", "benchmark.rows=[osgp]", "benchmark.rounds=100000"]  # fmt: skip
@@ -183,6 +183,7 @@ def test_a_measurement_that_is_ended_leaves_nothing_behind(ended, tmp_path):
 
 
 @root
+@pytest.mark.slow
 def test_measuring_on_links(tmp_path):
     """A real model, processes of a node, and lines of another network that stay."""
     done = measure(

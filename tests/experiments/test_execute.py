@@ -194,7 +194,9 @@ OTHER = [(name, make, 1) for name in PLACES for make in (dangling, looping, else
 OTHER += [(name, make, 2) for name in (".lock", "metrics.jsonl", "checkpoints") for make in (elsewhere, os.mkfifo)]
 
 
-@pytest.mark.parametrize("name, make, processes", OTHER)
+# each place once, the others are behind the marker
+@pytest.mark.parametrize("name, make, processes", [pytest.param(*case, marks=[] if k % 3 == 0 else pytest.mark.slow)
+                                                   for k, case in enumerate(OTHER)])  # fmt: skip
 def test_something_else_in_the_place_of_a_file(name, make, processes, half, straight, tmp_path):
     path, kept = half / name, tmp_path / "kept"
     if path.exists():
@@ -249,8 +251,12 @@ def test_rows_belong_to_the_checkpoint(damage, half, straight, tmp_path):
     assert_whole(half, straight)
 
 
-@pytest.mark.parametrize("damage", [flip, halve, gone, binary])
-@pytest.mark.parametrize("name", ["result.json", "final.npz", "metrics.jsonl", "models/step-000000046.safetensors"])
+SEALED = ("result.json", "final.npz", "metrics.jsonl", "models/step-000000046.safetensors")
+
+
+@pytest.mark.parametrize("name, damage", [pytest.param(name, damage, marks=[] if damage is once else pytest.mark.slow)
+                                          for name, once in zip(SEALED, (flip, gone, halve, binary))
+                                          for damage in (flip, halve, gone, binary)])  # fmt: skip
 def test_a_done_run_is_checked_when_asked_again(name, damage, ended, straight, tmp_path):
     damage(ended / name)
     done = command(*WORDS, cwd=tmp_path)

@@ -268,7 +268,7 @@ def test_golden_numbers_of_sgp_alone(tmp_path):
 # ---- processes
 
 
-@pytest.mark.parametrize("base", ["sgp", "local_sgd", "osgp", "allreduce"])
+@pytest.mark.parametrize("base", ["sgp", *(pytest.param(base, marks=pytest.mark.slow) for base in ("local_sgd", "osgp", "allreduce"))])
 def test_processes_agree_with_one(base, tmp_path):
     words = (*NOISY, f"base={base}")
     folders = {p: finished(*words, f"runs=on{p}", cwd=tmp_path, processes=p) for p in (1, 2, 4)}
@@ -345,6 +345,7 @@ def test_options_in_a_sweep_have_their_own_values(tmp_path):
         assert f"outer = {title}" in done.out
 
 
+@pytest.mark.slow
 def test_sweeps_on_two_processes(tmp_path):
     """All processes run all jobs, also after a refused one, and meet anew for each."""
     words = (*SHORT, "outer.beta=0.5,2.0", "seed=1,2,3")
@@ -489,7 +490,9 @@ def same_files(folder, expected, part) -> dict:
 
 
 @photos
-@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("cifar10", marks=pytest.mark.slow), "imagenet", pytest.param("wmt16", marks=pytest.mark.slow)]
+)
 def test_killed_with_real_data(task, request, tmp_path):
     """Parameters, momenta, x0 and u, push-sum weights, BatchNorm statistics of every worker, bitwise; averaged models and BLEU too."""
     words = real(task, request)
@@ -510,7 +513,7 @@ def test_killed_with_real_data(task, request, tmp_path):
 
 
 @photos
-@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
+@pytest.mark.parametrize("task", ["cifar10", pytest.param("imagenet", marks=pytest.mark.slow), "wmt16"])
 def test_two_processes_are_one_with_real_data(task, request, tmp_path):
     words = [word for word in real(task, request) if not word.startswith("outer.")]
     alone, two = (finished(*words, "outer=none", f"runs=on{p}", cwd=tmp_path, processes=p) for p in (1, 2))
@@ -574,7 +577,9 @@ def test_a_signal_to_one_of_two_processes(straight_on_two, tmp_path):
     assert_same_run(finished(*SGP, cwd=tmp_path, processes=2), straight_on_two)
 
 
-@pytest.mark.parametrize("words, bitwise", [(("base=sgp", "outer=none"), True), (("base=local_sgd",), False)])
+@pytest.mark.parametrize(
+    "words, bitwise", [(("base=sgp", "outer=none"), True), pytest.param(("base=local_sgd",), False, marks=pytest.mark.slow)]
+)
 def test_goes_on_under_another_folding(words, bitwise, tmp_path):
     """One process, then two, then four (a worker each), then one again."""
     words = tuple(word for word in NOISY if bitwise <= (not word.startswith("outer."))) + words

@@ -180,7 +180,7 @@ def test_what_does_not_rest_on_seeds():
 def test_special_cases_are_computed():
     judged = claims.computed()
     assert judged["verdict"].tolist() == ["supported"] * 3
-    assert all("iterates differ by at most" in text for text in judged["evidence"])
+    assert all("iterates differ by no more than 1e-12" in text for text in judged["evidence"])
 
 
 def test_a_wrong_recursion_would_be_contradicted(monkeypatch):

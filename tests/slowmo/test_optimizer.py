@@ -778,7 +778,7 @@ def test_groups_cannot_be_added_afterwards():
         made.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
-@pytest.mark.parametrize("base", ["local_sgd", "sgp", "allreduce"])
+@pytest.mark.parametrize("base", ["sgp", *(pytest.param(base, marks=pytest.mark.slow) for base in ("local_sgd", "allreduce"))])
 def test_a_rank_that_runs_out_of_batches_is_an_error_within_the_timeout(base):
     def run():
         model, made = wrapped("sgd", base=base, tau=3, timeout=2.0)
