@@ -1,6 +1,6 @@
 """Our iterations against limits and peers: one table of ratios, results/mine/benchmarks/cpu.csv.
 
-    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/benchmarks/cpu.csv, which is published]
+    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/data/benchmarks.csv, which is published]
 
 Emulated links want root (benchmarks/links/network.sh); --only loopback, --only process leave them out. All of it takes twenty
 minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written

@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/links/network.sh"
+SCRIPT = Path(__file__).parent / "links/network.sh"
 FACTS = Path("/run/slowmo_network/facts")
 NETWORKS = ("emulated", "up", "loopback")
 libc = ctypes.CDLL(None, use_errno=True)

@@ -284,7 +284,7 @@ def judge(parts, level: float = inference.LEVEL) -> tuple[str, str, str]:
     for what, values, low, high, _ in parts:
         if len(values) < 2:
             return NOT_RUN, f"{what}: fewer than two measurements", ""
-        e = inference.Estimate(float(values.mean()), float(values.std()), len(values), len(values) - 1)
+        e = inference.paired([(1, values)])
         p.append((e.within(low, high), e.outside(low, high)))
         said.append(f"{what} {format_estimate(e, '')}")
     support, against = max(one for one, _ in p), len(p) * min(other for _, other in p)

@@ -173,8 +173,7 @@ def command(run: str, seeds) -> str:
 
 def interval(values: pd.Series, level: float = 0.95) -> float:
     """Half the confidence interval of the mean, by Student's t; NaN for fewer than two."""
-    n = len(values)
-    return float(stats.t.ppf(0.5 + level / 2, n - 1) * values.std() / math.sqrt(n)) if n > 1 else math.nan
+    return inference.paired([(1, values)]).half(level) if len(values) > 1 else math.nan
 
 
 def estimate(terms: list[tuple[int, pd.Series]], metric: str, cells: list[pd.Series]) -> inference.Estimate:
@@ -189,11 +188,11 @@ def estimate(terms: list[tuple[int, pd.Series]], metric: str, cells: list[pd.Ser
 
 def format_estimate(e: inference.Estimate, metric: str) -> str:
     """With its 95% interval; of training losses as a ratio."""
-    alone = e.freedom < 1 or math.isnan(e.deviation)
+    half = e.half()  # NaN where there is no spread to tell
     if metric.startswith("train_loss"):
-        ratio, low, high = (math.exp(value) for value in (e.mean, *((e.mean,) * 2 if alone else (e.mean - e.half(), e.mean + e.half()))))
-        return f"× {ratio:.3g}" + f" ({low:.3g} to {high:.3g})" * (not alone)
-    return (f"{e.mean:+.3g}" + ("" if alone else f" ± {e.half():.2g}")).replace("-", "−")
+        ratio, low, high = (math.exp(value) for value in (e.mean, e.mean - half, e.mean + half))
+        return f"× {ratio:.3g}" + ("" if math.isnan(half) else f" ({low:.3g} to {high:.3g})")
+    return (f"{e.mean:+.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")).replace("-", "−")
 
 
 @functools.cache
@@ -242,8 +241,7 @@ def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.Da
             base = counted(runs.values(against, metric.name)) if against else values[:0]
             if len(base) and len(values) and not line["diverged"]:
                 found = estimate([(1, values), (-1, base)], metric.name, [*column.values()])
-                one = found.freedom < 1 or math.isnan(found.deviation)
-                line |= {"change": found.mean, "half": math.nan if one else found.half(), "shown": format_estimate(found, metric.name)}
+                line |= {"change": found.mean, "half": found.half(), "shown": format_estimate(found, metric.name)}
             if against and table.data in SMALL:
                 line["paper_change"] = papers_change(run, against, table.data, metric)
             lines.append(line)

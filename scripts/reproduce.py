@@ -69,9 +69,10 @@ def main() -> int:
     jobs = wanted(tables_wanted, data, seeds) if tables_wanted else []
     while True:
         done, paces = known()
-        jobs += [job for job in next_look(data, PUBLISHED if options.publish else MINE, options.most) if "looks" in options.what]
-        jobs = [*dict.fromkeys(jobs)]
-        missing = [job for job in jobs if job not in done and job not in [job for job, *_ in ended]]
+        if "looks" in options.what:
+            jobs = [*dict.fromkeys((*jobs, *next_look(data, PUBLISHED if options.publish else MINE, options.most)))]
+        done |= {job for job, *_ in ended}  # whatever became of it, it is not tried again
+        missing = [job for job in jobs if job not in done]
         show(jobs, missing, paces)
         if options.dry_run or not missing:
             break

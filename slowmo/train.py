@@ -1,6 +1,6 @@
 """The loop. It decides nothing: the caller evaluates, saves, prints and stops between two steps.
 
-A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and `evaluate(model, part)`; experiments/__init__.py
+A task gives `model()`, `batches(step, workers, part)`, `loss(model, batch)` and `evaluate(model, part)`; experiments/tasks/__init__.py
 has the contract.
 """
 

@@ -19,9 +19,9 @@ MEASURES = {"accuracy": "accuracy (%)", "nll": "NLL (nats)", "nll_base2": "NLL (
 def main(store: Store, published_runs: Runs | None = None) -> None:
     """Write report.html: what was asked and found first, then curves, tables and seconds. published_runs: to stand beside a user's own."""
     runs, out = Runs(store), store.folder / "report.html"
-    made = tables.everything(runs, published_runs)
+    made, judged = tables.everything(runs, published_runs), claims.stored(runs)
     shown = [(table, found) for table, found in made if tables.answered(table, found)]
-    parts = {"What was found": summary(runs) + verdicts(runs), "Curves": plots(runs, Curves(runs))}
+    parts = {"What was found": summary(runs, judged) + verdicts(judged), "Curves": plots(runs, Curves(runs))}
     for data in (*SMALL, *(data for data in TITLES if data not in SMALL)):
         if text := "".join(section(table, found) for table, found in shown if table.data == data):
             parts[TITLES[data]] = text
@@ -41,9 +41,8 @@ def main(store: Store, published_runs: Runs | None = None) -> None:
     print(f"wrote {out}: {out.stat().st_size / 1000:.0f} kB")
 
 
-def summary(runs: Runs) -> str:
+def summary(runs: Runs, judged) -> str:
     """What was asked, what of, and how many claims found which verdict."""
-    judged = claims.stored(runs)
     counts = ", ".join(
         f"{count} {verdict}" for verdict, count in judged[judged["verdict"] != claims.NOT_RUN]["verdict"].value_counts().items()
     )
@@ -96,8 +95,8 @@ def _code(text: str) -> str:
     return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
 
 
-def verdicts(runs: Runs) -> str:
-    judged, undecided = claims.decided(claims.stored(runs))
+def verdicts(judged) -> str:
+    judged, undecided = claims.decided(judged)
     rows = "".join(
         f'<tr class="{line.verdict.split()[0]}"><td>{html.escape(line.claim)}</td><td><code>{line.data}</code></td><td>{line.verdict}</td>'
         f'<td title="{html.escape(str(line.runs), quote=True)}">{html.escape(str(line.evidence))}</td></tr>' for line in judged.itertuples()
