@@ -4,7 +4,7 @@
 #     scripts/setup.sh run    what the quickstart needs: no compiler, no fairseq
 #     scripts/setup.sh test   all of it, for the tests and for translation: compiles fairseq for two minutes
 #
-# torch is by far the largest download and the one that knows the GPU's driver, so a torch >= 2.4 that $PYTHON
+# torch is by far the largest download and the one that knows the GPU's driver, so a torch >= 2.6 that $PYTHON
 # (default python3) already has is used where it lies and never replaced: .venv sees $PYTHON's packages through one
 # .pth file, and pip is held to that torch's version instead of the pinned one. A .venv of your own making is kept too.
 # --system-site-packages would not do: from inside a virtual environment it shows the base Python's packages, not its.
@@ -22,11 +22,11 @@ esac
 fail() { echo "setup: $*" >&2; exit 1; }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 has_pip() { .venv/bin/python -m pip --version >/dev/null 2>&1; }
-torch_version() { # prints nothing for a torch that is absent, broken or before 2.4
+torch_version() { # prints nothing for a torch that is absent, broken or before 2.6
     "$1" -c '
 import importlib.metadata, torch
 version = importlib.metadata.version("torch")
-if tuple(int(n) for n in version.split(".")[:2]) >= (2, 4):
+if tuple(int(n) for n in version.split(".")[:2]) >= (2, 6):
     print(version)' 2>/dev/null || true
 }
 
@@ -76,5 +76,5 @@ export PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
 # fairseq compiles against torch: against the one above, not against a second one that an isolated build would fetch.
 build="numpy setuptools>=77 wheel"
 [ $extras = quickstart ] || build="$build cython"
-.venv/bin/python -m pip install 'torch>=2.4' $build
+.venv/bin/python -m pip install 'torch>=2.6' $build
 .venv/bin/python -m pip install --no-build-isolation -e ".[$extras]"

@@ -1,6 +1,7 @@
 """Checkpoints: SlowMo's own in mid-round to the bit, plain torch's in both directions, DCP's."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -155,18 +156,20 @@ def test_distributed_checkpoints_on_disk_of_two_ranks(tmp_path):
     """Workers differ, so each rank saves its own folder."""
     import torch.distributed.checkpoint as dcp
 
+    if "no_dist" not in inspect.signature(dcp.save).parameters:
+        pytest.skip("this torch saves only what all ranks save together")
+
     def run():
         folder = tmp_path / str(dist.get_rank())
-        group = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
         model, made = build("nesterov", base="local_sgd")
         train(model, made, 6)
         parts = dict(zip(("model", "optimizer"), get_state_dict(model, made)))
-        dcp.save(parts, checkpoint_id=folder, process_group=group)
+        dcp.save(parts, checkpoint_id=folder, no_dist=True)
         whole = train(model, made, range(6, 12))
         model, made = build("nesterov", base="local_sgd", seed=9)
         train(model, made, 1)  # DCP loads in place, into a state that is there
         parts = dict(zip(("model", "optimizer"), get_state_dict(model, made)))
-        dcp.load(parts, checkpoint_id=folder, process_group=group)
+        dcp.load(parts, checkpoint_id=folder, no_dist=True)
         set_state_dict(model, made, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
         return made.steps, torch.equal(whole, train(model, made, range(6, 12)))
 

@@ -36,17 +36,22 @@ def convolutions():
     return model.double()
 
 
+def strides(tensors) -> list:
+    """Those that mean something: of a dimension of one element torch writes what it likes."""
+    return [[stride for stride, size in zip(t.stride(), t.shape) if size > 1] for t in tensors]
+
+
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_strides_survive_and_training_is_torch_s(memory_format):
     model = convolutions().to(memory_format=memory_format)
-    plain, strides = [copy.deepcopy(model) for _ in range(2)], [p.stride() for p in model.parameters()]
+    plain, expected = [copy.deepcopy(model) for _ in range(2)], strides(model.parameters())
     values = [p.detach().clone() for p in model.parameters()]
     replicas, algorithm = made(model, 2, momentum=0.9)
     assert replicas.models[0] is model
     optimizers = [torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9) for p in plain]
     x = torch.randn(2, 2, 3, 5, 5, dtype=torch.float64)
     for replica in replicas.models:
-        assert [p.stride() for p in replica.parameters()] == [p.grad.stride() for p in replica.parameters()] == strides
+        assert strides(replica.parameters()) == strides(p.grad for p in replica.parameters()) == expected
         assert all(torch.equal(p, value) for p, value in zip(replica.parameters(), values))
     for _ in range(3):
         algorithm.start()
@@ -57,11 +62,11 @@ def test_strides_survive_and_training_is_torch_s(memory_format):
             p(batch).square().sum().backward()
             optimizer.step()
     for replica, p in zip(replicas.models, plain):
-        assert [q.stride() for q in replica.parameters()] == strides
+        assert strides(replica.parameters()) == expected
         torch.testing.assert_close(list(replica.parameters()), list(p.parameters()), rtol=1e-11, atol=1e-11)
     copied = replicas.materialize([segment.x[1:] for segment in replicas.segments], replicas.buffers()[1])
     assert all(torch.equal(p, q) for p, q in zip(copied.parameters(), replicas.models[1].parameters()))
-    assert [p.stride() for p in copied.parameters()] == strides
+    assert strides(copied.parameters()) == expected
 
 
 def test_parameters_and_gradients_are_views_of_rows():
