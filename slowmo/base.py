@@ -2,7 +2,8 @@
 
 The contract, over segments `[n, d]` (buckets.py):
 
-    start(lr, average)            before the gradients; average: what an exact average that follows this step does to buffers, or None
+    start(lr, average, fragment)  before the gradients; average: what an exact average that follows this step does to buffers, or None;
+                                  fragment: of which segments alone, with LocalSGD
     step()                        after them: x <- the next iterate, gradients zeroed
     averaged(segment)             -> [1, d], the exact average over all m workers, under way since the segment was stepped
     restart(segment, x, buffers)  continue from x; the optimizer's buffers: reset | maintain | average
@@ -54,6 +55,7 @@ class LocalSGD:
         self.handover = Handover(replicas, self._start_mean if reduces else None, overlap or reduces)
         self.base, self.steps = self, 0  # finished steps; never restart
         self._average: str | None = None
+        self._fragment: int | None = None
         self._averages: dict[Segment, Callable[[], torch.Tensor]] = {}
 
     @property
@@ -61,7 +63,7 @@ class LocalSGD:
         return self.handover.enabled
 
     @torch.no_grad()
-    def start(self, lr: float | None = None, average: str | None = None) -> None:
+    def start(self, lr: float | None = None, average: str | None = None, fragment: int | None = None) -> None:
         """A step begins, with learning rate `lr` (default: those of the parameter groups). Once more: its gradients come anew."""
         if self.replicas.check():
             if self.steps:
@@ -72,7 +74,7 @@ class LocalSGD:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         self.inner.pull()
-        first, self._average = not self.started, average
+        first, self._average, self._fragment = not self.started, average, fragment
         self.handover.enable(self._advance, self.overlap and self._early(), self._behind())
         if first:
             self._begin()
@@ -148,7 +150,8 @@ class LocalSGD:
         self._update(bucket)
         if self._average:
             for segment in bucket.segments:
-                self._averages[segment] = self._start_average(segment)
+                if self._fragment in (None, segment.fragment):
+                    self._averages[segment] = self._start_average(segment)
 
     def _landed(self) -> Iterable[Segment]:
         """When all buckets have advanced: each segment, as soon as what was sent to it has come."""

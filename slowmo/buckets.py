@@ -1,11 +1,12 @@
 """How a row is cut: buckets, the unit of arrival and of sending, made of segments, the unit of the optimizer and of messages.
 
 A bucket is neighbouring parameters, from the end of the model (the order in which backward reaches them). A segment is a bucket's part
-in one parameter group of the optimizer: one contiguous Parameter `[n, d]`, whose rows belong to the n workers of this rank. Model
-parameters and their gradients are views into segments.
+in one parameter group of the optimizer and one fragment of the model (there is one fragment, but for outer.Streaming): one contiguous
+Parameter `[n, d]`, whose rows belong to the n workers of this rank. Model parameters and their gradients are views into segments.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -41,17 +42,17 @@ class Place:
 
 
 class Segment:
-    """x: Parameter `[n, d]`; grad: tensor `[n, d]`; group: the number of its parameter group; places: of its parameters.
+    """x: Parameter `[n, d]`; grad: tensor `[n, d]`; group, fragment: the number of each; places: of its parameters.
 
     members: (parameter, its view of x, its view of grad), all parameters of the first worker, then of the second, and so on.
     d is a multiple of 64 bytes and parameters start at multiples of 16, the rest is zeros: an element then meets the same vector
     instruction under every layout, so that gossip gives the same bits.
     """
 
-    def __init__(self, group: int, places: list[Place], rows: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, group: int, fragment: int, places: list[Place], rows: int, dtype: torch.dtype, device: torch.device):
         last = places[-1]
         d = _rounded(last.offset + last.shape.numel(), 64 // dtype.itemsize)
-        self.group, self.places = group, places
+        self.group, self.fragment, self.places = group, fragment, places
         self.x = torch.nn.Parameter(torch.zeros(rows, d, dtype=dtype, device=device))
         self.grad = torch.zeros_like(self.x, requires_grad=False)
         self.members: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
@@ -146,8 +147,8 @@ class Bucket:
     segments: list[Segment]
 
 
-def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
-    """Buckets for `parameters`, a list of (name, parameter); groups: of each the number of its parameter group.
+def cut(parameters: Named, kinds: list[tuple[int, int]], rows: int, dtype: torch.dtype, bucket_cap_mb: float) -> list[Bucket]:
+    """Buckets for `parameters`, a list of (name, parameter); kinds: of each the numbers of its parameter group and fragment.
 
     bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early, and each is at most twice the
     one before, so that it stays busy where sending takes longer than computing; the last two are halves, because no computation hides the
@@ -164,20 +165,27 @@ def cut(parameters: Named, groups: list[int], rows: int, dtype: torch.dtype, buc
         if size >= limit and left:
             limit, size = min(2 * size, full, max(left, full) / 2), 0
             pieces.append([])
-    return [Bucket(number, _segments(parameters, groups, piece, rows, dtype)) for number, piece in enumerate(pieces)]
+    return [Bucket(number, _segments(parameters, kinds, piece, rows, dtype)) for number, piece in enumerate(pieces)]
 
 
-def _segments(parameters: Named, groups: list[int], piece: list[int], rows: int, dtype: torch.dtype) -> list[Segment]:
+def fragments(parameters: Named, count: int) -> list[int]:
+    """Of each parameter the number of its fragment: `count` runs of neighbours from the model's start, as even as parameters allow."""
+    sizes = [p.numel() for _, p in parameters]
+    before = itertools.accumulate(sizes, initial=0)
+    return [count * (start + size // 2) // sum(sizes) for start, size in zip(before, sizes)]
+
+
+def _segments(parameters: Named, kinds: list[tuple[int, int]], piece: list[int], rows: int, dtype: torch.dtype) -> list[Segment]:
     segments = []
-    for group in sorted({groups[index] for index in piece}):
+    for group, fragment in sorted({kinds[index] for index in piece}):
         offset, places = 0, []
         for index in piece:
-            if groups[index] == group:
+            if kinds[index] == (group, fragment):
                 name, p = parameters[index]
                 stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
                 places.append(Place(name, index, offset, p.shape, stride))
                 offset = _rounded(offset + p.numel(), 16 // dtype.itemsize)
-        segments.append(Segment(group, places, rows, dtype, parameters[piece[0]][1].device))
+        segments.append(Segment(group, fragment, places, rows, dtype, parameters[piece[0]][1].device))
     return segments
 
 

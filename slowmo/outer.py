@@ -44,23 +44,29 @@ class Average:
         """Whether a slow step comes after the next inner step."""
         return (self.base.steps + 1) % self.tau == 0
 
+    @property
+    def fragment(self) -> int | None:
+        """Which part of the model the next slow step is for; None: all of it."""
+        return None
+
     def start(self, lr: float | None = None) -> None:
         """An inner step begins. lr: γ, default the learning rates in the optimizer."""
         if self.slow is None or not self.base.steps and not self.base.started and self.replicas.check():
             self.rebase()
-        self.base.start(lr, self.buffers if self.exact and self.due else None)
+        self.base.start(lr, self.buffers if self.exact and self.due else None, self.fragment)
 
     @torch.no_grad()
     def step(self, before_average: Callable[[], None] | None = None) -> None:
         """The rest of the inner step, and after every τ-th the slow step. before_average: called just before that, line 6."""
         if not self.base.started:
             self.start()
-        slow = self.due
+        slow, fragment = self.due, self.fragment
         self.base.step()
         if slow and before_average:
             before_average()
         for segment in self.replicas.segments if slow else ():
-            self._slow_step(segment, float(self.base.optimizer.param_groups[segment.group]["lr"]))
+            if fragment in (None, segment.fragment):
+                self._slow_step(segment, float(self.base.optimizer.param_groups[segment.group]["lr"]))
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -137,6 +143,35 @@ class NesterovOuter(SlowMo):
         delta = _less(x0, x)
         u.mul_(self.beta).add_(delta)
         x0.sub_(delta.add_(u, alpha=self.beta), alpha=self.alpha)
+
+
+class Streaming(NesterovOuter):
+    """Streaming DiLoCo (Douillard et al. 2025, section 3.1): the fragments of the model take their slow steps in turn.
+
+    Each does so every τ steps, evenly spaced, the last one where τ divides k: the same bytes, in as many smaller portions. Over LocalSGD,
+    since between averages the workers exchange nothing. How many fragments is said to Replicas, with 1 it is NesterovOuter.
+    Raises ValueError over another base, for exact=False and for more fragments than τ.
+    """
+
+    def __init__(self, base: LocalSGD, tau: int, alpha: float = 1.0, beta: float = 0.9, buffers: str = "maintain", exact: bool = True):
+        super().__init__(base, tau, alpha, beta, buffers, exact)
+        if type(base) is not LocalSGD or not exact:
+            raise ValueError(f"streaming over {type(base).__name__}, exact={exact}: take base=local_sgd and exact=true")
+        if self.replicas.num_fragments > tau:
+            raise ValueError(f"{self.replicas.num_fragments} fragments and tau={tau}: each takes a step of its own, so at most τ")
+
+    @property
+    def fragment(self) -> int | None:
+        count, k = self.replicas.num_fragments, self.base.steps % self.tau + 1
+        return next((n for n in range(count) if (n + 1) * self.tau // count == k), None)
+
+    @property
+    def due(self) -> bool:
+        return self.fragment is not None
+
+    def comm_volume(self) -> tuple[float, float]:
+        messages, numbers = super().comm_volume()
+        return messages * self.replicas.num_fragments, numbers
 
 
 def _less(x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

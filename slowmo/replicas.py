@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slowmo.buckets import Bucket, Segment, cut
+from slowmo.buckets import Bucket, Segment, cut, fragments
 from slowmo.cluster import Cluster
 
 _OWNED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models in the hands of a Replicas
@@ -26,17 +26,20 @@ class Replicas:
     parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker per rank, on the model's device.
 
     accumulate: backward passes of each replica per step; their gradients add up. loss_scale: what the caller multiplies losses by,
-    against underflow in float16; `step` divides the gradients by it.
+    against underflow in float16; `step` divides the gradients by it. num_fragments: of the model, for outer.Streaming.
 
     Raises ValueError for a model without trainable parameters, on several devices, complex, sharded, without memory, in the hands of
     another `Replicas`, or that differs between ranks, and for groups of other parameters than the model's.
     """
 
     def __init__(self, model: torch.nn.Module, cluster: Cluster | None = None, param_groups: list[dict] | None = None,
-                 dtype: torch.dtype | None = None, bucket_cap_mb: float = 25.0, accumulate: int = 1, loss_scale: float = 1.0):  # fmt: skip
+                 dtype: torch.dtype | None = None, bucket_cap_mb: float = 25.0, accumulate: int = 1, loss_scale: float = 1.0,
+                 num_fragments: int = 1):  # fmt: skip
         named = [(name, p) for name, p in model.named_parameters() if _trained(p)]
         trained = [p for _, p in named]
         dtype = dtype or _widest(trained)
+        if not isinstance(num_fragments, int) or num_fragments < 1:
+            raise ValueError(f"num_fragments={num_fragments}: a whole number >= 1")
         if not bucket_cap_mb > 0 or accumulate < 1:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb} and accumulate={accumulate}: a positive size, and at least one backward pass")
         if model in _OWNED:
@@ -56,9 +59,12 @@ class Replicas:
         self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
         self.models += [copy.deepcopy(model) for _ in cluster.local_workers[1:]]
         _OWNED.add(model)
+        self.num_fragments = num_fragments
         self.numel = sum(p.numel() for p in trained)
         limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
-        self.buckets: list[Bucket] = cut(named, groups, len(cluster.local_workers), dtype, limit)
+        self.buckets: list[Bucket] = cut(
+            named, list(zip(groups, fragments(named, num_fragments))), len(cluster.local_workers), dtype, limit
+        )
         self.segments: list[Segment] = [segment for bucket in self.buckets for segment in bucket.segments]
         self._copy: torch.nn.Module | None = None
         self._hooks: list[Callable[..., None]] = []

@@ -61,9 +61,12 @@ def algorithm(cfg: DictConfig, model: torch.nn.Module, cluster: Cluster, accumul
     OmegaConf.set_struct(node, False)
     optimizer = build(node, optimizer_groups(model, node))
     cap = cfg.cluster.bucket_cap_mb
-    replicas = Replicas(model, cluster, optimizer.param_groups, bucket_cap_mb=cap, accumulate=accumulate, loss_scale=loss_scale)
+    outer = cfg.outer.copy()
+    OmegaConf.set_struct(outer, False)
+    replicas = Replicas(model, cluster, optimizer.param_groups, bucket_cap_mb=cap, accumulate=accumulate, loss_scale=loss_scale,
+                        num_fragments=outer.pop("num_fragments", 1))  # fmt: skip
     base = build(cfg.base, replicas, optimizer, overlap=overlaps(cfg, cluster.world_size))
-    return replicas, build(cfg.outer, base) if cfg.outer.get("_target_") else base
+    return replicas, build(outer, base) if outer.get("_target_") else base
 
 
 def overlaps(cfg: DictConfig, processes: int) -> bool:

@@ -82,7 +82,8 @@ def _algorithm(composed: Composed) -> str:
     """base, graph, outer and what they are set to."""
     cfg, chosen = composed.cfg, composed.choices
     graph = f" ({chosen['base/graph']})" if "base/graph" in chosen else ""
-    kept = [f"{key} = {str(cfg.outer[key]).lower()}" for key in ("tau", "alpha", "beta", "buffers", "exact") if key in cfg.outer]
+    keys = ("tau", "alpha", "beta", "buffers", "exact", "num_fragments")
+    kept = [f"{key} = {str(cfg.outer[key]).lower()}" for key in keys if key in cfg.outer]
     return f"base = {chosen['base']}{graph}, outer = {chosen['outer']}" + (f" ({', '.join(kept)})" if kept else "")
 
 

@@ -13,7 +13,7 @@ from processes import spawn
 from torch.utils.checkpoint import checkpoint
 
 import slowmo
-from slowmo.buckets import cut, is_dense
+from slowmo.buckets import cut, fragments, is_dense
 from slowmo.cluster import Cluster
 from slowmo.outer import SlowMo
 from slowmo.replicas import Replicas
@@ -29,20 +29,20 @@ shapes = st.lists(st.lists(st.integers(1, 40), min_size=0, max_size=3), min_size
 def test_buckets_tile_the_parameters_from_the_end_of_the_model(shapes, seed, groups, cap, rows, dtype):
     rng = random.Random(seed)
     parameters = [(f"p{k}", torch.nn.Parameter(torch.zeros(shape, dtype=dtype))) for k, shape in enumerate(shapes)]
-    group_of = [rng.randrange(groups) for _ in parameters]
-    buckets = cut(parameters, group_of, rows, dtype, cap)
+    kinds = [(rng.randrange(groups), rng.randrange(2)) for _ in parameters]
+    buckets = cut(parameters, kinds, rows, dtype, cap)
     assert [bucket.index for bucket in buckets] == list(range(len(buckets)))
     # neighbours, from the end: what comes later in the model comes in an earlier bucket
     pieces = [sorted(place.index for segment in bucket.segments for place in segment.places) for bucket in buckets]
     assert [index for piece in pieces for index in reversed(piece)] == list(reversed(range(len(parameters))))
     for bucket in buckets:
-        numbers = [segment.group for segment in bucket.segments]
-        assert numbers == sorted(set(numbers))  # one segment for each group
+        numbers = [(segment.group, segment.fragment) for segment in bucket.segments]
+        assert numbers == sorted(set(numbers))  # one segment for each
         for segment in bucket.segments:
             assert segment.x.shape == segment.grad.shape == (rows, segment.x.shape[1]) and segment.x.is_contiguous()
             assert segment.x.shape[1] * dtype.itemsize % 64 == 0
             indices = [place.index for place in segment.places]
-            assert indices == sorted(indices, reverse=True) and {group_of[index] for index in indices} == {segment.group}
+            assert indices == sorted(indices, reverse=True) and {kinds[index] for index in indices} == {(segment.group, segment.fragment)}
             end = 0
             for place in segment.places:
                 name, p = parameters[place.index]
@@ -60,11 +60,20 @@ def test_buckets_tile_the_parameters_from_the_end_of_the_model(shapes, seed, gro
         assert size - parameters[piece[0]][1].numel() < limit  # no parameter more than it takes
 
 
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), count=st.integers(1, 5))
+def test_fragments_are_runs_as_even_as_parameters_allow(sizes, count):
+    found = fragments([(str(k), torch.nn.Parameter(torch.zeros(size))) for k, size in enumerate(sizes)], count)
+    assert found == sorted(found) and all(0 <= number < count for number in found)
+    for number in range(count):  # off by half a parameter at each end at most
+        mine = sum(size for size, other in zip(sizes, found) if other == number)
+        assert abs(mine - sum(sizes) / count) <= max(sizes)
+
+
 @pytest.mark.parametrize("cap", [1e-9, 0.0001, 0.01, 25.0])
 def test_the_cut_does_not_depend_on_the_number_of_rows(cap):
     model = torch.nn.Sequential(*(torch.nn.Linear(17, 17) for _ in range(6)))
     named = list(model.named_parameters())
-    cuts = [cut(named, [0, 1] * 6, rows, torch.float32, cap) for rows in (1, 2, 32)]
+    cuts = [cut(named, [(0, 0), (1, 0)] * 6, rows, torch.float32, cap) for rows in (1, 2, 32)]
     layouts = [[(s.group, s.places, s.x.shape[1]) for bucket in buckets for s in bucket.segments] for buckets in cuts]
     assert layouts[0] == layouts[1] == layouts[2]
     assert len(cuts[0]) == {1e-9: 12, 25.0: 1}.get(cap, len(cuts[0]))
@@ -148,7 +157,7 @@ def test_a_bucket_waits_for_those_before_it():
     """Whatever is there first: a later bucket goes when the ones before it have gone."""
     replicas, algorithm = build(Shuffled(), 1, "local_sgd", biases_apart(sgd), overlap=True)
     (bucket,) = replicas.buckets
-    pieces = cut(list(Shuffled().model().named_parameters()), [0] * 8, 1, torch.float64, 1e-9)
+    pieces = cut(list(Shuffled().model().named_parameters()), [(0, 0)] * 8, 1, torch.float64, 1e-9)
     replicas.buckets[:] = pieces
     for piece in pieces:
         for segment in piece.segments:

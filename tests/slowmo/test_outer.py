@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowmo.base import BUFFERS
-from slowmo.outer import Average, NesterovOuter, SlowMo
+from slowmo.outer import Average, NesterovOuter, SlowMo, Streaming
 from slowmo.state import load_state_dict, state_dict
 
 
@@ -258,6 +258,70 @@ def test_diloco_is_torch_nesterov_on_the_pseudo_gradient():
         slow.step()
         restart(twin, blocks_of(others, x0.detach()), "maintain")
         torch.testing.assert_close(rows, others.rows(), rtol=1e-11, atol=1e-11)
+
+
+# --- a fragment at a time ---
+
+FRAGMENTS = ((slice(0, 3), 2), (slice(3, 6), 0))  # of Several cut in two: columns of a row, and k modulo 4 at their slow steps
+
+
+def streaming(task, m, num_fragments=2, tau=4):
+    return build(task, m, "local_sgd", adam, lambda base: Streaming(base, tau, alpha=0.7), num_fragments=num_fragments)
+
+
+def test_streaming_is_nesterov_on_each_fragment_in_turn():
+    task, m = Several(3), 3
+    replicas, algorithm = streaming(task, m)
+    others, twin = build(task, m, "local_sgd", adam)
+    x0 = [torch.nn.Parameter(average(twin)[:, columns]) for columns, _ in FRAGMENTS]
+    slow = [torch.optim.SGD([part], lr=0.7, momentum=0.9, nesterov=True) for part in x0]
+    for k in range(1, 13):
+        rows = run(task, replicas, algorithm, k, rate)
+        run(task, others, twin, k, rate)
+        for (columns, phase), part, step in zip(FRAGMENTS, x0, slow):
+            if k % 4 == phase:
+                part.grad = part.detach() - average(twin)[:, columns]
+                step.step()
+                values = others.rows()
+                values[:, columns] = part.detach()
+                restart(twin, blocks_of(others, values), "maintain")
+        torch.testing.assert_close(rows, others.rows(), rtol=1e-11, atol=1e-11)
+
+
+def test_streaming_one_fragment_is_diloco():
+    task = Several(3)
+    rows = run(task, *streaming(task, 3, num_fragments=1), 10, rate)
+    other = run(
+        task, *build(task, 3, "local_sgd", adam, lambda base: NesterovOuter(base, 4, alpha=0.7, beta=0.9, buffers="maintain")), 10, rate
+    )
+    assert torch.equal(rows, other)
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_streaming_goes_on_anywhere_in_a_round(stop):
+    task = Several(3)
+    replicas, algorithm = streaming(task, 3)
+    run(task, replicas, algorithm, stop, rate)
+    again, resumed = streaming(task, 3)
+    load_state_dict(resumed, copied(state_dict(algorithm)))
+    assert torch.equal(run(task, again, resumed, 11, rate), run(task, replicas, algorithm, 11, rate))
+
+
+def test_streaming_sends_as_much_in_more_messages():
+    whole, parts = (streaming(Several(4), 4, num_fragments=n)[1].comm_volume() for n in (1, 2))
+    assert parts == (2 * whole[0], whole[1])
+
+
+def test_streaming_refuses_what_it_cannot_do():
+    task = Several(2)
+    with pytest.raises(ValueError, match="3 fragments and tau=2"):
+        streaming(task, 2, num_fragments=3, tau=2)
+    with pytest.raises(ValueError, match="take base=local_sgd"):
+        build(task, 2, "sgp", adam, lambda base: Streaming(base, 4))
+    with pytest.raises(ValueError, match="exact=true"):
+        build(task, 2, "local_sgd", adam, lambda base: Streaming(base, 4, exact=False))
+    with pytest.raises(ValueError, match="num_fragments=0"):
+        streaming(task, 2, num_fragments=0)
 
 
 # --- when ---

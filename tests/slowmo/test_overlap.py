@@ -10,7 +10,7 @@ from helpers import BASES, average, build, run, sgd
 from processes import spawn
 
 from slowmo.cluster import Cluster
-from slowmo.outer import Average, NesterovOuter, SlowMo
+from slowmo.outer import Average, NesterovOuter, SlowMo, Streaming
 
 STEPS, TAU = 5, 2  # two slow steps and a part of a round
 SMALL = 1e-5  # MiB: every parameter is a bucket; with the default all of them are one
@@ -26,13 +26,15 @@ OUTERS = {
     "slowmo-average": lambda base: SlowMo(base, TAU, beta=0.6, buffers="average"),
     "noaverage": lambda base: SlowMo(base, TAU, beta=0.6, exact=False),
     "diloco": lambda base: NesterovOuter(base, TAU, alpha=0.7, beta=0.9, buffers="maintain"),
+    "streaming": lambda base: Streaming(base, TAU, alpha=0.7),
 }
 
 
 def cases():
     """Every base with every outer and every optimizer; bucket sizes and numbers of backward passes take turns."""
     for (i, base), (j, outer), (k, optimizer) in itertools.product(*(enumerate(part) for part in (BASES, OUTERS, OPTIMIZERS))):
-        yield base, outer, optimizer, *((SMALL, 1), (SMALL, 2), (25.0, 1))[(i + j + k) % 3]
+        if outer != "streaming" or base == "local_sgd":
+            yield base, outer, optimizer, *((SMALL, 1), (SMALL, 2), (25.0, 1))[(i + j + k) % 3]
 
 
 def rate(step):
@@ -43,7 +45,7 @@ def trained(cluster, base, outer, optimizer, size, accumulate, overlap):
     """(rows, u, w, how many buckets advanced before `step`, over all steps)."""
     task = Shuffled(accumulate)
     replicas, algorithm = build(task, cluster.num_workers, base, OPTIMIZERS[optimizer], OUTERS[outer], cluster, size, accumulate,
-                                overlap=overlap)  # fmt: skip
+                                num_fragments=2 if outer == "streaming" else 1, overlap=overlap)  # fmt: skip
     early, finish = [], algorithm.base.handover.finish
     algorithm.base.handover.finish = lambda *a: early.append(algorithm.base.handover.first_waiting) or finish(*a)
     rows = run(task, replicas, algorithm, STEPS, rate, vectorize=False)

@@ -76,7 +76,8 @@ def irregular(m):
     return slowmo.Mixing(m, matrix)
 
 
-def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=25.0, accumulate=1, loss_scale=1.0, **more):
+def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=25.0, accumulate=1, loss_scale=1.0,
+          num_fragments=1, **more):  # fmt: skip
     """(replicas, algorithm) of `m` workers. base: a name of BASES or a function; optimizer: parameters -> optimizer; outer: base -> outer.
 
     more: for the base (overlap).
@@ -84,7 +85,7 @@ def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=
     model = task.model()
     inner = optimizer(model.parameters())
     replicas = Replicas(model, cluster or Cluster(m), inner.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate,
-                        loss_scale=loss_scale)  # fmt: skip
+                        loss_scale=loss_scale, num_fragments=num_fragments)  # fmt: skip
     algorithm = (BASES[base] if isinstance(base, str) else base)(replicas, inner, **more)
     return replicas, outer(algorithm) if outer else algorithm
 
