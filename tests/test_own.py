@@ -26,7 +26,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, 8])
+@pytest.mark.parametrize("processes", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_task_is_the_same_on_any_number_of_processes(processes, tmp_path):
     """Workers that share a process, and workers of two processes each."""
     words = ("task=spirals", "base=sgp", "outer.tau=6", "workers=4", "steps=14", "evaluate.every=7", "dtype=float64")

@@ -118,7 +118,7 @@ FAULTS = {
 }
 
 
-OFTEN = ("a checkpoint of the other rank", "result.json", "the lock")  # the others are behind the marker
+OFTEN = ("a checkpoint of the other rank",)  # the others are behind the marker
 
 
 @pytest.mark.parametrize("fault", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in FAULTS])
@@ -133,8 +133,8 @@ def test_what_one_rank_cannot_do_ends_all_at_once(fault, tmp_path):
     assert {*os.listdir(folder / "models")} == {*os.listdir(two / "models")}
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
-@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize("number, only", [(errno.ESTALE, 0), *(pytest.param(*p, marks=pytest.mark.slow) for p in (
+    (errno.ESTALE, 1), (errno.EIO, 0), (errno.EIO, 1)))])  # fmt: skip
 def test_a_file_server_that_is_gone_damages_nothing(number, only, half, tmp_path, straight):
     before = failing(os, "open", number, only=only, match=opening("checkpoints/step"))
     refused(command(*WORDS, cwd=tmp_path, processes=2, before=before), os.strerror(number))
@@ -222,7 +222,10 @@ def test_something_else_in_the_place_of_the_folder(make, processes, half, tmp_pa
     refused(command(*WORDS, cwd=tmp_path, processes=processes, timeout=30), "seed1")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"a: [", b"- 1", b"seed: 1\n\tx: ${", b"&a [*a]"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"- 1", *(pytest.param(c, marks=pytest.mark.slow) for c in (b"{", b"a: [", b"seed: 1\n\tx: ${", b"&a [*a]"))],
+)
 def test_a_config_that_is_none(content, half, straight, tmp_path):
     (half / "config.yaml").write_bytes(content)
     refused(command(*WORDS, cwd=tmp_path, processes=2), "config.yaml")

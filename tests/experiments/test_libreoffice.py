@@ -189,6 +189,7 @@ print(json.dumps(read))
 
 
 @needs_extra
+@pytest.mark.slow
 def test_fairseq_reads_the_set(made, tree):
     done = subprocess.run([sys.executable, "-c", READ, made], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

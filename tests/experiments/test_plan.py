@@ -11,7 +11,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, command, finished, problem
+from commands import ROOT, command, finished, planned, problem
 from omegaconf import OmegaConf
 from support.nonsense import START, nonsense
 
@@ -232,19 +232,10 @@ PRICES = {
 }
 
 
-def planned(*words) -> tuple[dict, object]:
-    """(the plan, its composed config), without a command."""
-    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        composed = config.compose(list(words))
-        config.check(composed)
-        composed.cfg.cluster.device = "cpu"
-        return plan.make(composed, build.build(composed.cfg.task))[0], composed
-
-
 @pytest.mark.parametrize("words", PRICES)
 def test_the_plan_counts_messages_and_bytes(words):
     dtype, size = ("float64", 8) if "osgp" in words else ("float32", 4)
-    summary, _ = planned("task=quadratic", "workers=8", "steps=24", f"dtype={dtype}", *words.split())
+    summary, *_ = planned("task=quadratic", "workers=8", "steps=24", f"dtype={dtype}", *words.split())
     messages, rows = PRICES[words]
     assert summary["messages"] == pytest.approx(messages, rel=1e-9)
     assert summary["sent"] == pytest.approx(rows * 16 * size, rel=1e-9)
@@ -255,7 +246,7 @@ def test_the_plan_counts_messages_and_bytes(words):
     [("base=sgp outer=none base.gossip_buffers=true", 1), ("base=local_sgd outer=double_averaging outer.tau=7", 2)],
 )
 def test_buffers_that_do_not_exist_are_not_sent(words, messages):
-    summary, _ = planned("task=quadratic", "workers=8", "steps=24", "optimizer.momentum=0", *words.split())
+    summary, *_ = planned("task=quadratic", "workers=8", "steps=24", "optimizer.momentum=0", *words.split())
     assert summary["messages"] == pytest.approx(messages)
 
 
@@ -410,9 +401,9 @@ def test_a_replaced_option_from_the_command(tmp_path):
 
 
 def test_an_optimizer_takes_what_its_signature_has():
-    _, found = planned(*QUADRATIC, "+optimizer.dampening=0.1", "optimizer.momentum=0.9")
+    _, found, _ = planned(*QUADRATIC, "+optimizer.dampening=0.1", "optimizer.momentum=0.9")
     assert build.build(found.cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))]).defaults["dampening"] == 0.1
-    _, found = planned(*QUADRATIC, "optimizer=adamw", "+optimizer.amsgrad=true")
+    _, found, _ = planned(*QUADRATIC, "optimizer=adamw", "+optimizer.amsgrad=true")
     built = build.build(found.cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))])
     assert type(built) is torch.optim.AdamW and built.defaults["amsgrad"] and built.defaults["weight_decay"] == 0.01
 

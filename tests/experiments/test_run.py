@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, Command, arrays, at_call, command, finished, free_port, problem, signal_at_step
+from commands import ROOT, Command, arrays, at_call, command, finished, free_port, planned, problem, signal_at_step
 from generated import databin, tree
 from safetensors.torch import load_file
 
@@ -185,7 +185,8 @@ def test_every_experiment_takes_two_steps(name, request, tmp_path):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_prints_its_plan(name, request, tmp_path):
+def test_every_experiment_prints_its_plan(name, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     suite = suite_of(name)
     case = name.removeprefix(f"{suite}_")
     # a plan of translations counts batches and words: it needs the data
@@ -193,8 +194,7 @@ def test_every_experiment_prints_its_plan(name, request, tmp_path):
     if suite in ("wmt16", "wmt16_small"):
         words = ("data=wmt16", f"data.root={request.getfixturevalue('wmt16')}", "task.max_tokens=32", "task.pieces=1", "task.layers=1",
                  "task.dim=16", "task.ffn=16", "task.heads=2")  # fmt: skip
-    done = command(f"experiment={name}", "dry_run=true", *words, cwd=tmp_path)
-    assert done.code == 0, done.text
+    *_, done = planned(f"experiment={name}", *words)
     assert done.fact("experiment") == name and done.fact("folder").startswith(f"runs/{name}") and not (tmp_path / "runs").exists()
     assert done.fact("cost") != "-"
     if suite == "quickstart":
@@ -276,6 +276,7 @@ def test_processes_agree_with_one(base, tmp_path):
         assert_close_run(folders[p], folders[1])
 
 
+@pytest.mark.slow
 def test_node_workers_agree_with_one_process(tmp_path):
     """Two workers of two processes each."""
     words = (*SGP, "workers=2")
@@ -359,6 +360,7 @@ def test_sweeps_on_two_processes(tmp_path):
         assert_close_run(two, alone)
 
 
+@pytest.mark.slow
 def test_a_sweep_through_torchrun(tmp_path):
     """Its agent keeps one store for all jobs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -416,7 +418,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("place", [pytest.param(p, marks=[] if k % 3 == 1 else pytest.mark.slow) for k, p in enumerate(PLACES)], ids=str)
 def test_killed_anywhere_a_run_ends_as_if_nothing_had_happened(place, straight, tmp_path):
     assert command(*SGP, cwd=tmp_path, before=place).code == -signal.SIGKILL
     assert not list(tmp_path.rglob("result.json"))
@@ -760,11 +762,11 @@ def test_one_run_a_folder_at_a_time(straight, tmp_path):
 # ---- the folder
 
 
-def test_the_folder_is_a_function_of_the_config(tmp_path):
+def test_the_folder_is_a_function_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def folder(*words):
-        done = command("task=quadratic", *words, "dry_run=true", cwd=tmp_path)
-        assert done.code == 0, done.text
-        return Path(done.fact("folder"))
+        return Path(planned("task=quadratic", *words)[-1].fact("folder"))
 
     files = [problem(tmp_path / f"{k}.npz", [k, 1.0]) for k in (3.0, 4.0)]
     base = ("workers=2", "steps=10", "base=sgp", "optimizer.lr=0.2")

@@ -267,6 +267,7 @@ def test_bleu_without_references_says_so(trained):
         raw.write_text(text)
 
 
+@pytest.mark.slow
 def test_fairseq_generate_reads_an_exported_run(trained, tmp_path):
     """fairseq's own command, on the checkpoint that we export, gives our translations and scores them as we do."""
     import sacrebleu
@@ -290,6 +291,7 @@ def test_fairseq_generate_reads_an_exported_run(trained, tmp_path):
 # ---- the rest
 
 
+@pytest.mark.slow
 def test_importing_fairseq_leaves_no_marks():
     """Neither in Hydra's store, where later configs would meet it, nor on the root logger."""
     code = f"""

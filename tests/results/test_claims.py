@@ -183,6 +183,7 @@ def test_special_cases_are_computed():
     assert all("iterates differ by no more than 1e-12" in text for text in judged["evidence"])
 
 
+@pytest.mark.slow
 def test_a_wrong_recursion_would_be_contradicted(monkeypatch):
     """The comparison can fail: iterates of another problem."""
     real = claims.quadratic

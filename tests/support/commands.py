@@ -4,6 +4,7 @@ A child runs run.py itself as `__main__`, in a folder of the test's, and leaves 
 """
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import os
@@ -20,11 +21,12 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 import run  # noqa: F401  the imports of every child, done once
 from experiments.data import photos  # noqa: F401
-from experiments.runner import schedules  # noqa: F401
+from experiments.runner import build, config, plan, run_dir
 from experiments.tasks import cifar10, imagenet, quadratic  # noqa: F401
 from slowmo.train import TrainingMeter
 
@@ -32,6 +34,23 @@ with contextlib.suppress(FileNotFoundError):  # the extra is not installed
     from experiments.tasks import wmt16  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
+
+
+def _remembered(parse):
+    """yaml.load, but each text is parsed once: Hydra reads a hundred files for a command, five times each."""
+    seen = {}
+
+    def load(stream, Loader):
+        text = stream if isinstance(stream, str) else stream.read()
+        key = text, Loader.__name__
+        if key not in seen:
+            seen[key] = parse(text, Loader=Loader)
+        return copy.deepcopy(seen[key])
+
+    return load
+
+
+yaml.load = _remembered(yaml.load)
 # what torch and Hydra import, and their parsers learn, when first used: a second in every child otherwise
 torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 torch.zeros_like(torch.nn.Parameter(torch.empty(1, device="meta")))
@@ -138,6 +157,17 @@ def command(*overrides: str, cwd, timeout: float = 100.0, **options) -> Done:
         return started.wait(timeout)
     finally:
         started.kill()
+
+
+def planned(*words: str) -> tuple[dict, config.Composed, Done]:
+    """(the plan, its composed config, what `dry_run=true` prints of it) in this folder, without a process."""
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = config.compose(list(words))
+        config.check(composed)
+        composed.cfg.cluster.device = "cpu"
+        task = build.build(composed.cfg.task)
+        summary = plan.make(composed, task)[0]
+        return summary, composed, Done([0], plan.show(summary, run_dir.run_dir(composed, task)), "")
 
 
 def finished(*overrides: str, cwd, **options) -> Path:
