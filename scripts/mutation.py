@@ -3,16 +3,22 @@
     python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--start 1] [--every 1] [--all]
 
 A mutant removes a statement, negates a condition or returns None; with --all also swaps + and -, * and /, < and <=, negates a truth
-value or adds 1 to a number. The quick tests run first, the first failure ends a mutant. Prints the survivors and the count.
+value or adds 1 to a number. First the quick tests run once and coverage.py writes down which lines each of them reaches. A mutant then
+meets the tests that reach its statement, the fastest first, and last the tests of several processes, whose lines are not seen; the first
+failure ends it. Prints the survivors and the count.
 """
 
 import argparse
 import ast
 import copy
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,42 +26,39 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = ("outer.py", "base.py", "buckets.py", "inner.py")
 STATEMENTS = ("removed", "returns None", "condition negated")
-# what finds most of a file's mutants comes first, on its own: pytest imports all files of a call before it runs one. Then the others
-FIRST = {
-    "outer.py": ["test_lean.py", "test_outer.py"],
-    "base.py": ["test_lean.py", "test_base.py"],
-    "buckets.py": ["test_lean.py", "test_buckets.py"],
-    "inner.py": ["test_lean.py", "test_inner.py"],
-}
-THEN = (
-    ["test_golden.py", "test_outer.py", "test_base.py", "test_inner.py"],
-    ["test_buckets.py", "test_overlap.py", "test_replicas.py", "test_state.py", "test_layouts.py"],
-    ["test_optimizer_silent.py", "test_optimizer.py", "test_optimizer_overlap.py"],
-)
-SECONDS = 300  # a call of pytest that takes longer hangs; the longest took 170 on two busy cores
+SEVERAL = ["test_optimizer_overlap.py", "test_overlap.py", "test_layouts.py"]
+QUICK = [path.name for path in sorted((ROOT / "tests/slowmo").glob("test_*.py")) if path.name not in SEVERAL]
+FEW = 15  # tests that a mutant meets first: pytest imports all files of a call before it runs one
+SECONDS = 300  # a call of pytest that takes longer hangs
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
 
 def places(tree: ast.AST):
-    """(kind, line, node, change) of every mutant: the node by its place in ast.walk, the change to make to it in a copy of the tree."""
+    """(kind, lines of the statement, line, node, change) of every mutant: the node by its place in ast.walk, the change to make to it in a
+    copy of the tree."""
+    lines = {}
+    for node in ast.walk(tree):  # from the outside in
+        if isinstance(node, ast.stmt):
+            last = node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno
+            lines |= {id(part): range(node.lineno, max(last, node.lineno) + 1) for part in ast.walk(node)}
     for index, node in enumerate(ast.walk(tree)):
-        line = getattr(node, "lineno", 0)
+        own, line = lines.get(id(node), ()), getattr(node, "lineno", 0)
         call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
         if call or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
-            yield "removed", line, index, _blank
+            yield "removed", own, line, index, _blank
         elif isinstance(node, ast.Return) and node.value is not None:
-            yield "returns None", line, index, lambda n: setattr(n, "value", ast.Constant(None))
+            yield "returns None", own, line, index, lambda n: setattr(n, "value", ast.Constant(None))
         elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
-            yield "condition negated", line, index, lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+            yield "condition negated", own, line, index, lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
         elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-            yield "operator swapped", line, index, lambda n: setattr(n, "op", SWAPS[type(n.op)]())
+            yield "operator swapped", own, line, index, lambda n: setattr(n, "op", SWAPS[type(n.op)]())
         elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-            yield "comparison swapped", line, index, lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
+            yield "comparison swapped", own, line, index, lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
         elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            yield "number + 1", line, index, lambda n: setattr(n, "value", n.value + 1)
+            yield "number + 1", own, line, index, lambda n: setattr(n, "value", n.value + 1)
         elif isinstance(node, ast.Constant) and type(node.value) is bool:
-            yield "boolean negated", line, index, lambda n: setattr(n, "value", not n.value)
+            yield "boolean negated", own, line, index, lambda n: setattr(n, "value", not n.value)
 
 
 def _blank(node):
@@ -65,28 +68,76 @@ def _blank(node):
 
 
 def mutants(name: str):
+    """(its text for people, the file, the statement's lines, the broken source)."""
     source = (ROOT / "slowmo" / name).read_text()
     tree = ast.parse(source)
-    for kind, line, index, change in places(tree):
+    for kind, lines, line, index, change in places(tree):
         broken = copy.deepcopy(tree)
         change(list(ast.walk(broken))[index])
         text = ast.unparse(ast.fix_missing_locations(broken))
         if text != ast.unparse(tree):
-            yield f"{name}:{line} {kind}: {source.splitlines()[line - 1].strip()[:90]}", name, text
+            yield f"{name}:{line} {kind}: {source.splitlines()[line - 1].strip()[:90]}", name, lines, text
 
 
-def survives(mutant) -> bool:
-    """Whether every test passes with this mutant in place of its file."""
-    _, name, text = mutant
+def copied(folder: Path) -> None:
+    """What git knows of, as it is now."""
+    for path in subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+
+
+def reached() -> dict[tuple[str, int], list[str]]:
+    """Of each line of the engine the quick tests that reach it, the fastest first."""
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("slowmo", "experiments", "tests", "configs"):
-            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "run.py", folder)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        copied(Path(folder))
+        child = get_context("fork").Process(target=_watch, args=(folder,))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit("error: the tests fail as they are: pytest tests/slowmo")
+        found = json.loads((Path(folder) / "reached.json").read_text())
+    tests = defaultdict(list)
+    for test in sorted(found, key=lambda test: found[test]["seconds"]):
+        for name, lines in found[test]["lines"].items():
+            for line in lines:
+                tests[name, line].append(test)
+    return tests
+
+
+def _watch(folder: str) -> None:
+    import coverage
+    import pytest
+
+    watch, found = coverage.Coverage(data_file=None, config_file=False, include=[f"{folder}/slowmo/{name}" for name in FILES]), {}
+
+    class Each:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item, nextitem):
+            begun = time.monotonic()
+            watch.erase()
+            watch.start()
+            result = yield
+            watch.stop()
+            data = watch.get_data()
+            lines = {Path(path).name: data.lines(path) for path in data.measured_files()}
+            found[item.nodeid] = {"seconds": time.monotonic() - begun, "lines": lines}
+            return result
+
+    code = _pytest(folder, [f"tests/slowmo/{name}" for name in QUICK], [Each()])
+    (Path(folder) / "reached.json").write_text(json.dumps(found))
+    os._exit(int(code))
+
+
+def survives(mutant, tests: list[str]) -> bool:
+    """Whether every test passes with this mutant in place of its file. tests: those that reach it."""
+    _, name, _, text = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copied(Path(folder))
         (Path(folder) / "slowmo" / name).write_text(text)
-        first = FIRST[name]
-        for suite in (first, *([test for test in part if test not in first] for part in THEN)):
-            child = get_context("fork").Process(target=_test, args=(folder, suite))
+        for suite in (tests[:FEW], tests[FEW:], [f"tests/slowmo/{other}" for other in SEVERAL]):
+            if not suite:
+                continue
+            child = get_context("fork").Process(target=lambda suite=suite: os._exit(int(_pytest(folder, suite))))
             child.start()
             child.join(SECONDS)  # a mutant that hangs is noticed
             if child.is_alive():
@@ -97,7 +148,7 @@ def survives(mutant) -> bool:
         return True
 
 
-def _test(folder, suite):
+def _pytest(folder: str, suite: list[str], plugins=()) -> int:
     os.chdir(folder)
     sys.path[:] = [folder, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "scripts"))]
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -105,8 +156,7 @@ def _test(folder, suite):
     os.dup2(sys.stdout.fileno(), 2)
     import pytest
 
-    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/slowmo/{name}" for name in suite)])
-    os._exit(int(code))
+    return pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *suite], plugins)
 
 
 def main() -> None:
@@ -122,17 +172,26 @@ def main() -> None:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import torch.distributed.checkpoint.state_dict  # noqa: F401
 
     torch.set_num_threads(1)
     found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(options.only)]
     found = [mutant for mutant in found if options.all or any(f" {kind}:" in mutant[0] for kind in STATEMENTS)]
     found = found[:: options.every]
     total, found = len(found), found[options.start - 1 :]
+    tests = reached()
+    print(f"{total} mutants; {len({test for some in tests.values() for test in some})} tests reach the engine", flush=True)
+
+    def noticed(mutant) -> bool:
+        _, name, lines, _ = mutant
+        order = dict.fromkeys(test for line in lines for test in tests[name, line])
+        return not survives(mutant, list(order))
+
     alive = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (mutant, survived) in enumerate(zip(found, pool.map(survives, found)), options.start):
-            print(f"{number}/{total} {'SURVIVED' if survived else 'noticed '} {mutant[0]}", flush=True)
-            alive += [mutant[0]] * survived
+        for number, (mutant, good) in enumerate(zip(found, pool.map(noticed, found)), total - len(found) + 1):
+            print(f"{number}/{total} {'noticed ' if good else 'SURVIVED'} {mutant[0]}", flush=True)
+            alive += [] if good else [mutant[0]]
     print(f"{len(found) - len(alive)} of {len(found)} mutants noticed")
     print(*alive, sep="\n")
 

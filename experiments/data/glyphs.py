@@ -76,19 +76,21 @@ _Y, _X = np.mgrid[-1:1:SIZE * 1j, -1:1:SIZE * 1j][..., None]
 
 
 def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None = None,
-         seed: int = 0) -> Path:
+         seed: int = 0, heldout: str = "validation") -> Path:
     """Return the folder with train/<class>/*.jpg and val/<class>/*.jpg, made on the first call.
 
     It is `root`/glyphs-<digest>, where the digest stands for the arguments, the font files and the
-    versions of what draws and compresses: the same name means the same bytes. `train` and
-    `validation` count pictures; classes are balanced to within one. A file is named after its
-    letter's code point, and about.json says what was made of what. The validation pictures do not
-    depend on `train`. `fonts` is a folder with the files FONTS, at any depth; without it they come
-    from root/glyphs-fonts, where they are put once they are found: in INSTALLED, else in Debian's
-    PACKAGE by way of apt-get. Several processes may call this at once: one makes the set, the others wait.
+    versions of what draws and compresses: the same name means the same bytes. `train` and `validation`
+    count pictures; classes are balanced to within one. A file is named after its letter's code point,
+    and about.json says what was made of what. The validation pictures do not depend on `train`. With
+    heldout="tuning" val/ shows letters that are training ones otherwise, for the choice of learning
+    rates, and train/ the others of these: no validation letter is in either. `fonts` is a folder with
+    the files FONTS, at any depth; without it they come from root/glyphs-fonts, where they are put once
+    they are found: in INSTALLED, else in Debian's PACKAGE by way of apt-get. Several processes may call
+    this at once: one makes the set, the others wait.
 
     Raises FileNotFoundError where fonts are missing (the message names the remedy), ValueError for
-    fewer pictures than classes, a negative seed or a font with too few letters, OSError where `root`
+    fewer pictures than classes, a negative seed, another `heldout` or a font with too few letters, OSError where `root`
     cannot be written or a font not be read.
     """
     for name, count in (("train", train), ("validation", validation)):
@@ -97,6 +99,8 @@ def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None =
                              f"least {name}={len(FONTS)}")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: give 0 or more")
+    if heldout not in ("validation", "tuning"):
+        raise ValueError(f"heldout={heldout}: choose validation or tuning")
     root = Path(root)
     folder = Path(fonts) if fonts else root / "glyphs-fonts"
     if not fonts and _missing(_found(folder)):
@@ -106,7 +110,7 @@ def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None =
     paths = _found(folder)
     if missing := _missing(paths):
         raise FileNotFoundError(f"the writing systems need {missing}, not found in {folder}: {REMEDY}")
-    about = _about(paths, train, validation, seed)
+    about = _about(paths, train, validation, seed) | ({"heldout": heldout} if heldout == "tuning" else {})
     path = root / f"glyphs-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
     if not path.exists():
         with _lock(root):
@@ -117,8 +121,8 @@ def make(root, train: int = 20_000, validation: int = 2_640, fonts: str | None =
     return path
 
 
-def letters(paths):
-    """Return {class: {"train": letters, "val": letters}}, each a sorted list of characters.
+def letters(paths, heldout="validation"):
+    """Return {class: {"train": letters, "val": letters}}, each a sorted list of characters; `heldout` as in `make`.
 
     `paths` holds each class's font file. A letter is what Unicode calls one (no marks, digits or
     signs), has a name that begins with the class's, is drawn by the font and drawn as no other is.
@@ -154,6 +158,9 @@ def letters(paths):
                              f"needed: {REMEDY}")
         # By a hash, as rows of a code chart have a common vowel or consonant, which a stride may hit.
         order = sorted(group, key=lambda plain: hashlib.sha256(plain.encode()).digest())
+        if heldout == "tuning":
+            order = order[held_out:]
+            held_out = min(held_out, len(order) // 2)
         sides = zip(_SPLITS, (order[held_out:], order[:held_out]), strict=True)
         split[name] = {side: sorted(c for plain in part for c in group[plain]) for side, part in sides}
     return split
@@ -240,7 +247,7 @@ def _write(aside, paths, about):
     done, start = 0, time.monotonic()
     told = start
     print(f"glyphs: reading the letters of {len(paths)} fonts", flush=True)
-    split = letters(paths)
+    split = letters(paths, about.get("heldout", "validation"))
     begin = time.monotonic()
     for index, (name, path) in enumerate(paths.items()):
         font = _open(path)

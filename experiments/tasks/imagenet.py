@@ -124,7 +124,9 @@ class ImageNet(HalfPrecision):
         if self.data.name == "glyphs":
             for about in sorted(root.glob("glyphs-*/about.json")):
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    if json.loads(about.read_text())["pictures"] == {"train": self.data.train, "val": self.data.validation}:
+                    made = json.loads(about.read_text())
+                    pictures = {"train": self.data.train, "val": self.data.validation}
+                    if (made["pictures"], made.get("heldout", "validation")) == (pictures, self.data.heldout):
                         return str(about.parent)
             return f"not there: drawn under {root} from Debian's fonts when the run begins"
         return str(root) if all((root / part).is_dir() for part in ("train", "val")) else f"not there: {root}/train and {root}/val"
@@ -179,7 +181,7 @@ class ImageNet(HalfPrecision):
             if self.data.name == "glyphs":
                 from experiments.data import glyphs
 
-                root = glyphs.make(root, self.data.train, self.data.validation, self.data.fonts)
+                root = glyphs.make(root, self.data.train, self.data.validation, self.data.fonts, heldout=self.data.heldout)
             elif not all((root / part).is_dir() for part in ("train", "val")):
                 raise FileNotFoundError(
                     f"no ImageNet under {root}: give the folder that holds train/ and val/, a folder a class in each, with "

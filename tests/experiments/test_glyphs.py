@@ -99,6 +99,17 @@ def test_letters_leave_out_what_is_not_drawn_or_drawn_twice(monkeypatch):
     assert "o" not in small and set("abpqz") <= small  # the two rings belong to two systems
 
 
+def test_tuning_shows_no_validation_letter(fonts, tmp_path):
+    usual, tuning = (glyphs.make(tmp_path, fonts=fonts, **COUNTS, heldout=split) for split in ("validation", "tuning"))
+    assert usual != tuning and json.loads((tuning / "about.json").read_text())["heldout"] == "tuning"
+    for name in glyphs.FONTS:
+        (train, held), (others, tuned) = ([characters(path / side / name) for side in ("train", "val")] for path in (usual, tuning))
+        assert not held & (others | tuned) and not others & tuned
+        assert others | tuned == train and len(tuned) == len(held)
+    with pytest.raises(ValueError, match="heldout=test: choose validation or tuning"):
+        glyphs.make(tmp_path, fonts=fonts, **COUNTS, heldout="test")
+
+
 def test_other_forms_of_a_letter_stay_on_its_side(monkeypatch):
     monkeypatch.setattr(glyphs, "_open", lambda path: path)
     monkeypatch.setattr(glyphs, "_drawing", lambda font, character: character)
