@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import sys
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -340,10 +341,13 @@ def latex(table: Table, found: pd.DataFrame) -> str:
             "τ": r"$\tau$", "α": r"$\alpha$", "β": r"$\beta$", "×": r"$\times$", "`": "", "^": r"\^{}", "~": r"\~{}", "{": r"\{",
             "}": r"\}", "$": r"\$", "’": "'"}  # fmt: skip
     safe = lambda word: "".join(swap.get(letter, letter) for letter in word)
-    rows = [[safe(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
+    # a long heading takes two lines
+    stacked = lambda title: r"\shortstack[l]{" + r"\\".join(map(safe, textwrap.wrap(title, max(10, len(title) // 2 + 2)))) + "}"
+    rows = [[stacked(heading(title)) for title in text.columns], *([safe(word) for word in row] for row in text.itertuples(index=False))]
     rows = [" & ".join(row) + r" \\" for row in rows]
     lines = [
         f"% {table.title}: {TITLES[table.data]}; needs booktabs and graphicx",
+        r"{\footnotesize\setlength{\tabcolsep}{3pt}\noindent",
         r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
         r"\toprule",
@@ -353,7 +357,7 @@ def latex(table: Table, found: pd.DataFrame) -> str:
         r"\bottomrule",
         r"\end{tabular}}",
         "",
-        rf"{{\footnotesize {safe(rule(table, found).replace('*', ''))}}}",
+        rf"\noindent {safe(rule(table, found).replace('*', ''))}\par}}",
     ]
     return "\n".join(lines) + "\n"
 

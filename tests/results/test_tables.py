@@ -206,13 +206,14 @@ def test_latex_is_escaped_and_whole(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX on this machine (Debian: apt install texlive-latex-recommended)")
 def test_latex_takes_it(tmp_path):
-    body = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{tables}\end{document}"
+    body = r"\documentclass[twocolumn]{article}\usepackage{booktabs,graphicx}\begin{document}\input{tables}\end{document}"
     (tmp_path / "page.tex").write_text(body)
     (tmp_path / "tables.tex").write_text((ROOT / "results/tables/tables.tex").read_text())
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "page.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace"
     )
     assert done.returncode == 0 and "\n!" not in done.stdout, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout  # each fits a column
 
 
 def test_files_are_written_whole(tmp_path, capsys):
