@@ -233,7 +233,7 @@ def pace(data: str, cell: str) -> float:
 
 def emulated_bucket(data: str, size: float) -> float:
     """Bytes: as many buckets as at full size, but none that this machine's own delays would outweigh."""
-    return max(BUCKET * size / TASKS[data].size, 2**18)
+    return max(BUCKET * size / TASKS[data].size, 2**19)
 
 
 def emulated(line: pd.Series) -> tuple[Links, dict[str, float]]:

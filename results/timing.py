@@ -23,7 +23,7 @@ SCALING = (
     "{wmt16:.1f} times on WMT16 (results/cost_model.py has the sources). *bfloat16*: whatever is sent, messages, averages and AllReduce's "
     "gradients; this library rounds messages alone. Averages go by ring or by halving and doubling, whatever is faster; links of 100 Gbit/s "
     "and more have a latency of 5 µs. Everything is sent during backward, AllReduce's gradients too. A cell is the method that costs least "
-    "and how much less than AllReduce; a method within 1% of AllReduce does not count. SlowMo pays where an iteration takes 5% less."
+    "and how much less than AllReduce; a method within 1% of AllReduce does not count. SlowMo pays where an iteration takes 5% less; in brackets the most that it saves."
 )
 STRAGGLING = (
     "Hosts are seldom equally fast. One is 1.5 times slower all the time; or each host computes 10 times as long in 5% of its steps, by "
@@ -228,7 +228,7 @@ def least(lines: pd.DataFrame) -> tuple[str, float]:
 
 
 def sentences(data: str, found: pd.DataFrame) -> list[str]:
-    """By rate: where SlowMo pays against AllReduce, and what it adds to its base."""
+    """By rate: over which bases SlowMo pays against AllReduce, and what it adds to its base."""
     said = []
     for rate, part in found.groupby("rate", sort=False):
         words = []
@@ -238,9 +238,9 @@ def sentences(data: str, found: pd.DataFrame) -> list[str]:
                 of = own[own["cell"] == cell]
                 some = of[of["over AllReduce"] <= PAYS]
                 if len(some):
-                    most = 100 * (1 - some["over AllReduce"].min())
-                    pays.append(f"{LABELS[cell]} at m = {_ranges(some['nodes'], of['nodes'])} (up to {most:.0f}% less)")
-            words.append(f"on {machine} nodes in {width} {', '.join(pays) or 'nowhere'}")
+                    few = f"m = {_ranges(some['nodes'], of['nodes'])}, " * (len(some) < len(of))
+                    pays.append(f"{LABELS[cell.removeprefix('slowmo_')]} ({few}−{100 * (1 - some['over AllReduce'].min()):.0f}%)")
+            words.append(f"on {machine} nodes in {width} " + (f"over {', '.join(pays)}" if pays else "nowhere"))
         added = 100 * (part[part["cell"].str.startswith("slowmo_")]["over base"].max() - 1)
         said.append(f"{rate:g} Gbit/s: SlowMo pays {'; '.join(words)}. It adds at most {added:.1f}% to its base.")
     return said
