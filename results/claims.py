@@ -181,7 +181,8 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
 
         def change(row, other, least, most):
             other = other if other in times else other.removesuffix("_after")  # OSGP alone has one way
-            return row, 100 * (times[row] / times[other] - 1), least, most, f"{len(times)} rounds, {network[2]} hosts, {network[4]}, {network[5]}"
+            source = f"{len(times)} rounds, {network[2]} hosts, {network[4]}, {network[5]}"
+            return row, 100 * (times[row] / times[other] - 1), least, most, source
 
         claims = [(COST, f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)",
                    [change(row, row.removeprefix("slowmo_"), -PACE, PACE) for row in slow])]  # fmt: skip

@@ -221,7 +221,10 @@ def clusters(out: Path, nodes=cost_model.NODES, rates=cost_model.RATES) -> None:
                 line[0].set_ylabel("Gbit/s")
             for axis in axes[-1]:
                 axis.set_xlabel("nodes")
-            note = "the method that costs least, and how much less than AllReduce; AR: none costs 1% less; L, S, O: SlowMo over Local SGD (Local Adam), SGP, OSGP"
+            note = (
+                "the method that costs least, and how much less than AllReduce; AR: none costs 1% less; "
+                "L, S, O: SlowMo over Local SGD (Local Adam), SGP, OSGP"
+            )
             save(titled(figure, data, note), out, f"runtime_{data}")
 
 

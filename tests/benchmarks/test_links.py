@@ -154,7 +154,8 @@ def test_a_row_is_measured_both_ways_on_unequal_hosts(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "data/links.csv")
     assert list(lines.columns) == COLUMNS["links"] and list(lines["row"][::2]) == ["compute", "sgp", "slowmo_sgp_after,outer.tau=12"]
-    assert set(lines["straggler"]) == {20} and set(lines["jitter"]) == {0} and set(lines["warmup"]) == {1} and set(lines["iterations"]) == {12}
+    facts = {name: set(lines[name]) for name in ("straggler", "jitter", "warmup", "iterations")}
+    assert facts == {"straggler": {20}, "jitter": {0}, "warmup": {1}, "iterations": {12}}
     assert (lines["milliseconds"] >= 20).all() and (lines["milliseconds"][2:] >= 40).all()  # the mean of 2 and 40 ms, or all wait for 40
     assert set(lines["bytes"]) == {4 * round(25_557_032 / 1000)}
 

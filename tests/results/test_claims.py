@@ -218,7 +218,8 @@ def test_cost_is_judged_on_links():
     times = {"sgp": (100, 200, 100.1), "slowmo_sgp": (101, 202, 101.2), "osgp": (90, 180, 90), "slowmo_osgp": (91, 182.1, 91),
              "slowmo_osgp_after": (92, 184.1, 92), "slowmo_sgp,outer.tau=1": (900, 900, 900), "ar_sgd": (95, 190, 95),
              "ar_sgd_after": (150, 300, 150)}  # fmt: skip
-    facts = {"data": "imagenet", "network": "emulated", "hosts": 8, "node": 1, "rate": "400mbit", "delay": "0ms", "straggler": 1.0, "jitter": 0.0}
+    facts = {"data": "imagenet", "network": "emulated", "hosts": 8, "node": 1, "rate": "400mbit", "delay": "0ms", "straggler": 1.0,
+             "jitter": 0.0}  # fmt: skip
     made = pd.DataFrame([facts | {"row": row, "round": k, "milliseconds": ms} for row, of in times.items() for k, ms in enumerate(of)])
     judged = claims.on_links(pd.concat([made, made.assign(jitter=0.05)])).set_index("claim")
     assert set(judged["data"]) == {"imagenet on links"} and len(judged) == 3

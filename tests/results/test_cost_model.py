@@ -80,7 +80,7 @@ def test_buckets_are_those_of_the_algorithm():
     model = torch.nn.ParameterList(torch.zeros(10) for _ in range(1000))
     sizes = lambda cap: [
         4 * sum(place.shape.numel() for segment in bucket.segments for place in segment.places)
-        for bucket in cut(list(model.named_parameters()), [0] * 1000, 1, torch.float32, cap)
+        for bucket in cut(list(model.named_parameters()), [(0, 0)] * 1000, 1, torch.float32, cap)
     ]
     assert sizes(25.0) == [40000]  # all of it is smaller than a first bucket
     assert sizes(8000 / 2**20) == pytest.approx(cost_model.buckets(40000, 8000), abs=80)
@@ -91,7 +91,7 @@ def test_buckets_are_those_of_the_algorithm():
 def test_the_buckets_of_what_waits_are_the_models():
     model = Waiting(1_000_000, 0.1)
     full = cost_model.emulated_bucket("imagenet", 4e6)
-    cut_ = cut(list(model.named_parameters()), [0] * cost_model.LAYERS, 1, torch.float32, full / 2**20)
+    cut_ = cut(list(model.named_parameters()), [(0, 0)] * cost_model.LAYERS, 1, torch.float32, full / 2**20)
     sizes = [4 * sum(place.shape.numel() for segment in bucket.segments for place in segment.places) for bucket in cut_]
     assert sizes == pytest.approx(cost_model.buckets(4e6, full, 4e6 / cost_model.LAYERS)) and len(sizes) > 5
 
@@ -139,8 +139,9 @@ def test_the_papers_sgp_lies_between_ours():
     task, compute = cost_model.TASKS["imagenet"], cost_model.fitted("imagenet")
     during, after = (seconds("imagenet_sgp", compute, task.size, Links(task.nodes), overlap) for overlap in (True, False))
     assert during < 0.304 < after
-    assert "hides 34% of its message" in report.hidden(0.304, 0.247, 0.333, 0.254)
-    assert "waits for the whole message" in report.hidden(0.34, 0.247, 0.333, 0.254) and "all that" in report.hidden(0.25, 0.247, 0.333, 0.254)
+    assert "takes 1.12 times as long as its OSGP, ours 1.03" in report.against_paper("imagenet")
+    assert "hides 60% of its message" in report.hidden("OSGP", 1.2, 1.1, 1.5)
+    assert "waits for the whole message" in report.hidden("OSGP", 1.6, 1.1, 1.5) and "all that" in report.hidden("OSGP", 1.0, 1.1, 1.5)
 
 
 def test_measured_on_links_and_modelled_agree():
@@ -159,7 +160,8 @@ def lines(**given):
     facts = {"data": "imagenet", "network": "emulated", "hosts": 4, "node": 1, "rate": "8mbit", "delay": "0.1ms", "straggler": 1.0,
              "jitter": 0.0, "emulated": True, "bytes": MB, "warmup": 4, "iterations": 48, "commit": "abc", "machine": "x"}  # fmt: skip
     facts |= given
-    rows = {"compute": 500.0, "osgp": 1100.0, "sgp": 1250.0, "sgp_after": 1700.0, "slowmo_sgp_after,outer.tau=12": 1700.0, "ar_sgd_after": 9000.0}
+    rows = {"compute": 500.0, "osgp": 1100.0, "sgp": 1250.0, "sgp_after": 1700.0, "slowmo_sgp_after,outer.tau=12": 1700.0,
+            "ar_sgd_after": 9000.0}  # fmt: skip
     made = [facts | {"row": row, "round": k, "milliseconds": value + k - 1} for row, value in rows.items() for k in range(3)]
     return pd.DataFrame(made)[store.COLUMNS["links"]]
 
@@ -167,7 +169,8 @@ def lines(**given):
 def test_the_model_of_a_measurement_takes_its_compute_and_its_links():
     found = cost_model.model(lines())
     wire = 8 * MB / (cost_model.PAYLOAD * 8e6) + 1e-4 + cost_model.LATENCY
-    assert found["compute"] == 500 and found["osgp"] == pytest.approx(1000 * wire) and found["sgp_after"] == pytest.approx(500 + 1000 * wire)
+    assert found["compute"] == 500 and found["osgp"] == pytest.approx(1000 * wire)
+    assert found["sgp_after"] == pytest.approx(500 + 1000 * wire)
     first = 500 * (1 / 3 + 2 / 3 / 32)  # when the first layer is there, the wire is free and has all to carry
     assert found["sgp"] == pytest.approx(first + 1000 * wire) and found["ar_sgd_after"] > found["sgp_after"]
 
@@ -195,7 +198,8 @@ def test_other_clusters():
     cell = lambda machine, width, rate, m, name: grid.loc[machine, width, rate, m, name]
     base = ("DGX-1", "float32", 10, 32)
     local = cell(*base, "slowmo_local_sgd")
-    assert local["over base"] == 1 and local["milliseconds"] / cell(*base, "ar_sgd")["milliseconds"] == pytest.approx(local["over AllReduce"])
+    assert local["over base"] == 1
+    assert local["milliseconds"] / cell(*base, "ar_sgd")["milliseconds"] == pytest.approx(local["over AllReduce"])
     whole = seconds("imagenet_ar_sgd", cost_model.fitted("imagenet"), cost_model.TASKS["imagenet"].size, Links(32), overlap=True, tree=True)
     assert cell(*base, "ar_sgd")["milliseconds"] == pytest.approx(1000 * whole)
     # a link carries half the bytes, and an H100 computes faster: where all of the time is bytes, or none
