@@ -1,10 +1,10 @@
 """Table 2 over real sockets: `python -m benchmarks.table2 [benchmark=wmt16] [benchmark.hosts=8 ...]`; to results/mine/data/links.csv.
 
 Every row is an experiment's own base and outer (`slowmo_sgp,outer.tau=12`: with another τ) over rows of the emulated size, one worker a
-process, over gloo. What a step computes is the experiment's model, or a wait as long: then forward takes a third of it, and backward
-gives gradients, last layer first, evenly over the rest, so that whatever overlaps can. A round times `iterations` in a row, each process
-by its own clock, and nothing but the algorithm synchronises them; rows take turns. `compute` is a step that sends nothing. AllReduce
-averages gradients during backward; `ar_sgd_after` and `ar_adam_after` do it when backward is over.
+process, over gloo. Buckets are sent during backward, or after it (`slowmo_sgp_after`). What a step computes is the experiment's model, or
+a wait as long: then forward takes a third of it, and backward gives gradients, last layer first, evenly over the rest, so that whatever
+overlaps can. A round times `iterations` in a row, each process by its own clock, and nothing but the algorithm synchronises them; rows
+take turns. `compute` is a step that sends nothing. Hosts that wait may be unequally fast: `straggler`, `jitter`.
 """
 
 import math
@@ -22,17 +22,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import slowmo
-from benchmarks import ranks
+from benchmarks import iteration, ranks
 from experiments.runner import build
 from experiments.runner.recorder import commit
-from results import cost_model, timing
+from results import cost_model, straggling, timing
 from results.store import COLUMNS, NETWORK, read, write
 
 
 class Waiting(torch.nn.Module):
     """`parameters` numbers in equal layers; a forward pass waits for a third of `seconds`, its backward pass for the rest."""
 
-    def __init__(self, parameters: int, seconds: float, layers: int = 32):
+    def __init__(self, parameters: int, seconds: float, layers: int = cost_model.LAYERS):
         super().__init__()
         sizes = [parameters // layers] * (layers - 1)
         sizes.append(parameters - sum(sizes))
@@ -99,6 +99,7 @@ def machine() -> str:
 
 def check(given: DictConfig) -> dict[str, DictConfig]:
     """The config of each row's experiment. ValueError, with the remedy, for what cannot be measured."""
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not isinstance(given.warmup, int) or given.warmup < 0 or not given.rows:
         raise ValueError(f"benchmark.warmup={given.warmup}, benchmark.rows={given.rows}: a whole number >= 0, and at least one row")
     for name in ("hosts", "node", "iterations", "rounds"):
@@ -106,12 +107,18 @@ def check(given: DictConfig) -> dict[str, DictConfig]:
             raise ValueError(f"benchmark.{name}={given[name]}: a whole number >= 1")
     if given.network not in ranks.NETWORKS:
         raise ValueError(f"benchmark.network={given.network}: choose one of {', '.join(ranks.NETWORKS)}")
-    if given.compute != "task" and not (isinstance(given.compute, (int, float)) and 0 < given.compute < math.inf):
+    if given.compute != "task" and not (number(given.compute) and given.compute > 0):
         raise ValueError(f"benchmark.compute={given.compute}: seconds, or `task` for the experiment's own model")
-    scaled = isinstance(given.scale, (int, float)) and given.scale > 0
-    if given.compute != "task" and not (scaled and given.data in cost_model.TASKS):
+    if given.compute != "task" and not (number(given.scale) and given.scale > 0 and given.data in cost_model.TASKS):
         words = f"benchmark.data={given.data} benchmark.scale={given.scale}: waiting stands for {', '.join(cost_model.TASKS)}"
         raise ValueError(f"{words} over a positive scale; for others take benchmark.compute=task")
+    if not (number(given.straggler) and given.straggler >= 1 and number(given.jitter) and 0 <= given.jitter <= 1):
+        words = f"benchmark.straggler={given.straggler} benchmark.jitter={given.jitter}"
+        raise ValueError(f"{words}: how many times slower a host is, at least 1, and a share of steps, from 0 to 1")
+    if given.compute == "task" and (given.straggler, given.jitter) != (1, 0):
+        raise ValueError("benchmark.straggler and benchmark.jitter stretch a wait: choose seconds for benchmark.compute")
+    if given.random and (given.compute != "task" or not given.data.startswith("cifar10")):
+        raise ValueError("benchmark.random=true makes pictures in CIFAR-10's shape: choose benchmark.compute=task, and its data")
     found = {row: experiment(given, row) for row in given.rows}
     for row, cfg in found.items():
         tau = cfg.outer.get("tau")
@@ -124,13 +131,16 @@ def experiment(given: DictConfig, row: str) -> DictConfig:
     """The config of a row. ValueError where there is none."""
     cell, *overrides = row.split(",")
     name = f"{given.data}_{cell.removesuffix('_after')}"
-    if cell.endswith("_after") and not cell.startswith("ar_") or any(not word.startswith("outer.tau=") for word in overrides):
-        raise ValueError(f"benchmark.rows: {row}: a cell's name, of AllReduce also with _after, or with another τ, sgp,outer.tau=12")
+    if any(not word.startswith("outer.tau=") for word in overrides):
+        raise ValueError(f"benchmark.rows: {row}: a cell's name, perhaps with _after, perhaps with another τ: sgp_after,outer.tau=12")
     words = [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides, *overrides]
     try:
-        return hydra.compose("config", words)
+        cfg = hydra.compose("config", words)
     except hydra.errors.MissingConfigException:
         raise ValueError(f"no experiment {name}: see configs/experiment") from None
+    if cell.endswith("_after") and not cost_model.two_ways(name):
+        raise ValueError(f"benchmark.rows: {row}: its messages leave before backward either way, leave _after out")
+    return cfg
 
 
 def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]:
@@ -142,8 +152,11 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     rows |= {row: prepared(given, cfg, cluster, overlap="_after" not in row) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
+        slow = straggling.slowness(given.hosts, given.warmup + given.iterations, given.straggler, given.jitter, round_)
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
-            mine = timed(algorithm, compute, cluster, given.warmup, given.iterations, early="_after" not in row)
+            # an AllReduce whose step has begun averages during backward
+            early = not (row.startswith("ar_") and "_after" in row)
+            mine = timed(algorithm, compute, cluster, slow[:, cluster.rank // given.node], given.warmup, early)
             times[row].append(statistics.mean(cluster.all_gather_object(mine)))
             if cluster.is_main:
                 done = (round_ * len(rows) + k + 1) / (given.rounds * len(rows))
@@ -152,7 +165,8 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
                     f"round {round_ + 1}/{given.rounds} {row:32}{1e3 * times[row][-1]:8.1f} ms per iteration, {left / 60:.1f} minutes left",
                     flush=True,
                 )
-    facts = {"data": given.data, "hosts": given.hosts, "node": given.node, "network": "loopback", "rate": "-", "delay": "-"}
+    facts = {name: given[name] for name in ("data", "hosts", "node", "straggler", "jitter", "warmup", "iterations")}
+    facts |= {"network": "loopback", "rate": "-", "delay": "-"}
     if given.network == "up":
         facts |= dict(zip(("rate", "delay"), ranks.up(given.hosts)), network="emulated")
     facts |= {"bytes": rows["compute"][0].replicas.numel * 4, "emulated": given.compute != "task"}
@@ -162,21 +176,28 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
 
 
 def prepared(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone: bool = False, overlap: bool = True):
-    """(algorithm, what a step computes) of an experiment; alone: its model and optimizer, and nothing is sent between hosts."""
+    """(algorithm, what a step computes) of an experiment; alone: its model and optimizer, and nothing is sent between hosts.
+
+    What a step computes is called with how many times as long it is to take.
+    """
     cfg = OmegaConf.merge(cfg, {"cluster": {"overlap": overlap}})
     if given.compute == "task":
         task = build.build(cfg.task)
         model, scale = task.model(), task.loss_scale
-        batches = list(task.batches(0, cluster.local_workers, (cluster.worker_rank, cluster.worker_size)))
+        if given.random:
+            batches = [iteration.pictures(task, "cpu") for _ in range(task.pieces)]
+        else:
+            batches = list(task.batches(0, cluster.local_workers, (cluster.worker_rank, cluster.worker_size)))
 
-        def compute():
+        def compute(longer: float):
             for batch in batches:
                 (task.loss(model, batch) * scale).backward()
     else:
         model, scale, batches = Waiting(round(cost_model.TASKS[given.data].parameters / given.scale), given.compute), 1.0, [None]
         cfg.cluster.bucket_cap_mb = cost_model.emulated_bucket(given.data, cost_model.TASKS[given.data].size / given.scale) / 2**20
 
-        def compute():
+        def compute(longer: float):
+            model.seconds = longer * given.compute
             model().backward()
 
     if alone:
@@ -184,17 +205,18 @@ def prepared(given: DictConfig, cfg: DictConfig, cluster: slowmo.Cluster, alone:
     return build.algorithm(cfg, model, cluster, len(batches), scale)[1], compute
 
 
-def timed(algorithm, compute, cluster, warmup: int, iterations: int, early: bool = True) -> float:
-    """Seconds per iteration on this process. early: gradients may be averaged during backward."""
+def timed(algorithm, compute, cluster, slow, warmup: int, early: bool = True) -> float:
+    """Seconds per iteration on this process. slow: of each iteration, the first `warmup` of which do not count, how many times as long it
+    computes; early: a step begins before its gradients are formed."""
     cluster.barrier()
-    for k in range(warmup + iterations):
+    for k, longer in enumerate(slow):
         if k == warmup:
             start = time.perf_counter()
         if early:
             algorithm.start(0.1)
-        compute()
+        compute(longer)
         algorithm.step()
-    return (time.perf_counter() - start) / iterations
+    return (time.perf_counter() - start) / (len(slow) - warmup)
 
 
 if __name__ == "__main__":

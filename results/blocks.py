@@ -42,6 +42,8 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         picture = PUBLISHED.folder / f"figures/fig2_{data}.png"
         words = f"{TITLES[data]}: validation against epochs, each base with and without SlowMo"
         return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
+    if name == "runtime straggling":
+        return timing.straggling_hosts(PUBLISHED.find("links"))
     if key == "runtime" and data in cost_model.TASKS:
         return "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
     chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []

@@ -1,24 +1,25 @@
 """What an iteration costs, from first principles.
 
-    C          seconds of forward, backward and optimizer on a worker: the one number that is fitted, one a task
-    N          bytes of a worker's parameters (float32); m: workers, a node of g processes each
+    C          seconds of forward, backward and optimizer on a worker: the one number that is fitted, one a task; backward takes two thirds
+    N          bytes of a worker's parameters (float32), in buckets as slowmo/buckets.py cuts them; m: workers, a node of g processes each
     R, λ       a link's rate, of which 1448 of 1514 bytes in a frame are payload; its latency, one way
-    message    λ + N/R: a worker's row to one peer; links are full duplex, so all send at once
-    average    2 (m - 1) (λ + N/(m R)): a ring carries m - 1 pieces of N/m around, twice
+    message    λ + N/R: a worker's row to one peer; links are full duplex, so all send at once, and one bucket follows the other
+    average    2 (m - 1) (λ + N/(m R)): a ring carries m - 1 pieces of N/m around, twice; one ring after the other, in gloo two at once
     allreduce  the same over all m g processes, so a node's link carries 2 (m g - 1)/(m g) N; only hops between nodes have latency
     tree       2 ⌈log2 m⌉ λ and the bytes of the ring: halving and doubling, for clusters larger than the paper's
     inside     (g - 1)/g N/S on top of a message or average: each process carries 1/g and gives it to its node, at S = 1.2 Tbit/s
 
     Local SGD            C
-    SGP                  C + message, which leaves after the step and is waited for
+    SGP                  C + message, which is sent when a bucket has been stepped, and waited for
     OSGP                 max(C, message), which travels while the worker computes
-    AllReduce            C + allreduce after backward
-    every τ iterations   average in place of the message, for each block that is averaged: 1 for SlowMo and Local SGD, one more a buffer for
-                         double-averaging, which also gossips its buffers over SGP; none for noaverage
-    in buckets during backward (AllReduce: early, the others: overlap)   bucket k is on its way from max(its gradients are there,
-                         bucket k - 1 has come), backward takes two thirds of C, and what is left over is waited for
+    AllReduce            C + allreduce of each bucket's gradients
+    every τ iterations   average in place of the message, with any base; double-averaging then averages its buffers when rows are there,
+                         and over SGP it gossips them with every message; noaverage has neither, its message stays
+    after backward       all buckets are sent then, and all of it is waited for
+    during backward      bucket k leaves when its gradients are there and the link is free; what ends after backward is waited for.
+                         OSGP's message leaves before forward either way, and buffers are averaged after
 
-`slowmo/` knows nothing of this; timing.py puts it beside the paper and what was measured.
+`slowmo/` knows nothing of this; timing.py puts it beside the paper and what was measured, straggling.py lets hosts be unequally fast.
 """
 
 import dataclasses
@@ -35,10 +36,20 @@ from results.tables import CONFIGS, LABELS, TEXT, published
 PAYLOAD = 1448 / 1514  # TCP over frames of 1500 bytes
 INSIDE = 1.2e12  # bits per second between the processes of a node: the NVLinks of a V100
 LATENCY = 50e-6  # of 10 Gbit/s Ethernet through a switch, with TCP
+FAST = (100, 5e-6)  # Gbit/s from which links pass TCP by, and their latency then: both assumed
 BUCKET = 25 * 2**20  # bytes
+LAYERS = 32  # of the network that waits instead of computing
 CLOSE = 0.15
-NODES, RATES = tuple(2**k for k in range(3, 13)), (10, 25, 100, 400)
+NODES, RATES = (8, 16, 64, 256, 1024, 4096), (1, 10, 25, 100, 400)
 SHOWN = {False: ("slowmo_local_sgd", "slowmo_sgp", "slowmo_osgp"), True: ("slowmo_local_adam", "slowmo_sgp")}
+# Nodes of 8 GPUs: how many times as fast as the paper's, and S. A DGX-1 trained ResNet-50 with 2,855 pictures a second and the big
+# transformer with 59,316 tokens a second in float32, a DGX A100 with 16,621 and 551,599 in mixed precision (NVIDIA DeepLearningExamples,
+# containers 21.03 and 22.06; March 2021, June 2022); an H100 is about twice an A100 (Lambda, October 2022, for vision).
+MACHINES = {
+    "DGX-1": {"imagenet": 1.0, "wmt16": 1.0, "inside": INSIDE},
+    "H100": {"imagenet": 2 * 16621 / 2855, "wmt16": 2 * 551599 / 59316, "inside": 3.6e12},
+}
+WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes of a number that is sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +70,17 @@ TASKS = {"imagenet": Task(25_557_032, 32), "wmt16": Task(209_911_808, 8)}
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """m nodes of g processes. rate in bits per second; latency in seconds, one way. Each cost is [seconds of bytes, of latency]."""
+    """m nodes of g processes. rate in bits per second; latency in seconds, one way. Each cost is [seconds of bytes, of latency].
+
+    at_once: how many averages are under way at a time, 1 in a stream of NCCL's, 2 in gloo's threads. inside: bits per second of S.
+    """
 
     nodes: int
     rate: float = 10e9
     latency: float = LATENCY
     node: int = 8
+    at_once: int = 1
+    inside: float = INSIDE
 
     def message(self, size: float) -> np.ndarray:
         return np.array([8 * size / (PAYLOAD * self.rate) + self._inside(size), self.latency])
@@ -78,7 +94,7 @@ class Links:
         return np.array([2 * (processes - 1) / processes * 8 * size / (PAYLOAD * self.rate), self._rounds(tree) * self.latency])
 
     def _inside(self, size: float) -> float:
-        return (self.node - 1) / self.node * 8 * size / INSIDE
+        return (self.node - 1) / self.node * 8 * size / self.inside
 
     def _rounds(self, tree: bool) -> int:
         return 2 * math.ceil(math.log2(self.nodes)) if tree else 2 * (self.nodes - 1)
@@ -110,46 +126,71 @@ def _group(group: str, name: str) -> dict:
     return own
 
 
-def iteration(run: str, compute: float, size: float, links: Links, early: bool = False, tree: bool = False, bucket: float = BUCKET,
-              overlap: bool = False) -> dict[str, float]:  # fmt: skip
+def two_ways(run: str) -> bool:
+    """Whether sending during backward differs from sending after it. OSGP's messages leave before forward: only averages can."""
+    sent = algorithm(run)
+    return sent["base"] in ("sgp", "allreduce") or bool(sent["tau"])
+
+
+def iteration(run: str, compute: float, size: float, links: Links, overlap: bool = False, tree: bool = False, bucket: float = BUCKET,
+              layer: float = 1) -> dict[str, float]:  # fmt: skip
     """Seconds of an iteration by term: compute; what the worker waits for: link bytes, latency; of exact averages the same.
 
-    size: bytes of the parameters. early: AllReduce in buckets of `bucket` bytes during backward; overlap: the others' messages and all
-    averages. tree: averages by halving and doubling.
+    size: bytes of the parameters. overlap: during backward. tree: averages by halving and doubling. bucket, layer: as `buckets`.
     """
-    sent = algorithm(run)
+    sent, parts = algorithm(run), buckets(size, bucket, layer)
+    ready = np.multiply.outer(shares(parts, overlap), compute)
 
-    def waits(cost, during: bool) -> np.ndarray:
-        """What is waited for after backward of messages that cost `cost(bytes)`: all of it, or what buckets have left over."""
-        parts = buckets(size, bucket) if during else [size]
-        costs = [cost(part) for part in parts]
-        done = ready = compute / 3
-        for part, one in zip(parts, costs):
-            ready += part / size * 2 / 3 * compute
-            done = max(ready, done) + one.sum()
+    def waits(costs, at_once: int) -> np.ndarray:
         total = sum(costs)
-        return total * ((done - compute) / total.sum() if during else 1)
+        return total * (arrival(ready, costs, at_once) - compute) / total.sum()
 
     waited = averaged = np.zeros(2)
     if sent["base"] == "sgp":
-        waited = waits(lambda part: sent["gossiped"] * links.message(part), overlap)
+        waited = waits([message(links, part, sent["gossiped"]) for part in parts], len(parts))
     elif sent["base"] == "osgp":
-        waited = sent["gossiped"] * links.message(size)
+        waited = message(links, size, sent["gossiped"])
         waited = waited * max(0, 1 - compute / waited.sum())
     elif sent["base"] == "allreduce":
-        waited = waits(lambda part: links.allreduce(part, tree), early)
+        waited = waits([links.allreduce(part, tree) for part in parts], links.at_once)
     if sent["tau"]:
-        averaged = waits(lambda part: sent["averaged"] * links.average(part, tree), overlap) / sent["tau"]
+        averages = [links.average(part, tree) for part in parts]
+        averaged = (waits(averages, links.at_once) + (sent["averaged"] - 1) * sum(averages)) / sent["tau"]
         if sent["base"] != "allreduce":  # gossip keeps the mean, so that what the average follows is not sent
             waited = waited * (1 - 1 / sent["tau"])
     return dict(zip(("compute", "bytes", "latency", "bytes of averages", "latency of averages"), map(float, (compute, *waited, *averaged))))
 
 
-def buckets(size: float, full: float = BUCKET) -> list[float]:
-    """Bytes of AllReduce's buckets, as slowmo/buckets.py makes them: a small one, each at most twice the one before, two halves."""
+def message(links: Links, size: float, blocks: int) -> np.ndarray:
+    """Of a bucket's parameters and buffers, one after the other to the same peer: as `Links`' costs."""
+    return links.message(size) * (blocks, 1)
+
+
+def shares(parts: list[float], overlap: bool) -> np.ndarray:
+    """The share of a step's computing after which each bucket's gradients are there; without overlap nobody looks before the end."""
+    return 1 / 3 + 2 / 3 * np.cumsum(parts) / sum(parts) if overlap else np.ones(len(parts))
+
+
+def arrival(ready: np.ndarray, costs: list[np.ndarray], at_once: int) -> np.ndarray:
+    """When the last of these messages has come. ready: when each may leave, `[buckets, ...]`; costs: of each, [of bytes, of latency].
+
+    They leave in this order, the link carries the bytes of one at a time, and no more than `at_once` are under way.
+    """
+    free, there = 0.0, []
+    for k, (moment, (sent, latency)) in enumerate(zip(ready, costs)):
+        free = np.maximum(free, moment if k < at_once else np.maximum(moment, there[k - at_once])) + sent
+        there.append(free + latency)
+    return np.max(there, axis=0)
+
+
+def buckets(size: float, full: float = BUCKET, layer: float = 1) -> list[float]:
+    """Bytes of buckets, as slowmo/buckets.py cuts them: a small one, each at most twice the one before, the last two are halves.
+
+    layer: bytes of a layer, with which a bucket ends.
+    """
     parts, left, least = [], size, full / 25
     while left >= 1:
-        parts.append(min(left, least))
+        parts.append(min(left, math.ceil(least / layer - 1e-9) * layer))
         left -= parts[-1]
         least = min(2 * parts[-1], full, max(left, full) / 2)
     return parts
@@ -192,19 +233,26 @@ def pace(data: str, cell: str) -> float:
 
 def emulated_bucket(data: str, size: float) -> float:
     """Bytes: as many buckets as at full size, but none that this machine's own delays would outweigh."""
-    return max(BUCKET * size / TASKS[data].size, 2**20)
+    return max(BUCKET * size / TASKS[data].size, 2**19)
+
+
+def emulated(line: pd.Series) -> tuple[Links, dict[str, float]]:
+    """What a line of links.csv was measured on: the links, and bucket and layer for `iteration`."""
+    links = Links(int(line["hosts"]), number(line["rate"]), LATENCY + number(line["delay"]), int(line["node"]), at_once=2)
+    if not line["emulated"]:
+        return links, {"bucket": BUCKET}
+    size = float(line["bytes"])
+    return links, {"bucket": emulated_bucket(line["data"], size), "layer": size / LAYERS}
 
 
 def model(lines: pd.DataFrame) -> pd.Series:
     """Modelled milliseconds of the rows measured on one network: from their own `compute`, and nothing else that was measured."""
-    line = lines.iloc[0]
-    links = Links(int(line["hosts"]), number(line["rate"]), LATENCY + number(line["delay"]), int(line["node"]))
-    size, compute = float(line["bytes"]), lines[lines["row"] == "compute"]["milliseconds"].median() / 1000
-    bucket = emulated_bucket(line["data"], size) if line["emulated"] else BUCKET
+    links, cut = emulated(lines.iloc[0])
+    size, compute = float(lines["bytes"].iloc[0]), lines[lines["row"] == "compute"]["milliseconds"].median() / 1000
     found = {"compute": compute}
     for row in lines[lines["row"] != "compute"]["row"].unique():
-        run = f"{line['data']}_{row.replace('_after', '')}"
-        found[row] = seconds(run, compute, size, links, early="_after" not in row, bucket=bucket)
+        run = f"{lines['data'].iloc[0]}_{row.replace('_after', '')}"
+        found[row] = seconds(run, compute, size, links, overlap="_after" not in row, **cut)
     return 1000 * pd.Series(found)
 
 
@@ -215,28 +263,26 @@ def number(text: str) -> float:
     return float(digits) * units[text.removeprefix(digits)]
 
 
-def elsewhere(data: str, nodes, rates) -> pd.DataFrame:
-    """Modelled iterations on other clusters, C and a worker's batch as in the paper: a line for each rate (Gbit/s), nodes and cell.
+def elsewhere(data: str, nodes, rates, overlap: bool) -> pd.DataFrame:
+    """Modelled iterations on other clusters, a worker's batch as in the paper: a line for each machine, width, rate (Gbit/s), nodes, cell.
 
-    Averages go by ring or tree, AllReduce's during or after backward: whatever is fastest there. `milliseconds`, `over base` (what SlowMo
-    adds to its base), `over AllReduce`, and the terms that make up the iteration.
+    width: of what is sent, messages, averages and AllReduce's gradients alike. Averages go by ring or tree, whatever is faster there.
+    `milliseconds`; `over base`, what SlowMo adds to its base; `over AllReduce`, which sends during backward if the others do.
     """
-    task, compute, rows = TASKS[data], fitted(data), []
+    task, rows = TASKS[data], []
     every = "ar_adam" if data in TEXT else "ar_sgd"
-    for rate in rates:
-        for m in nodes:
-            ways = [{"tree": tree, "early": early} for tree in (False, True) for early in (False, True)]
+    for machine, speed in MACHINES.items():
+        for width, part in WIDTHS.items():
+            for rate in rates:
+                for m in nodes:
 
-            def fastest(cell):
-                links = Links(m, rate * 1e9)
-                return min(
-                    (iteration(f"{data}_{cell}", compute, task.size, links, **way) for way in ways), key=lambda terms: sum(terms.values())
-                )
+                    @functools.cache
+                    def total(cell):
+                        links = Links(m, rate * 1e9, FAST[1] if rate >= FAST[0] else LATENCY, inside=speed["inside"])
+                        sent = f"{data}_{cell}", fitted(data) / speed[data], part * task.parameters, links
+                        return min(seconds(*sent, overlap, tree, bucket=BUCKET * part / 4) for tree in (False, True))
 
-            allreduce = sum(fastest(every).values())
-            for cell in (every, *SHOWN[data in TEXT]):
-                terms, base = fastest(cell), sum(fastest(cell.removeprefix("slowmo_")).values())
-                total = sum(terms.values())
-                rows.append({"rate": rate, "nodes": m, "cell": cell, "milliseconds": 1000 * total, "over base": total / base,
-                             "over AllReduce": total / allreduce, **terms})  # fmt: skip
+                    rows += [{"machine": machine, "width": width, "rate": rate, "nodes": m, "cell": cell,
+                              "milliseconds": 1000 * total(cell), "over base": total(cell) / total(cell.removeprefix("slowmo_")),
+                              "over AllReduce": total(cell) / total(every)} for cell in (every, *SHOWN[data in TEXT])]  # fmt: skip
     return pd.DataFrame(rows)

@@ -10,14 +10,18 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 
-from results import cost_model
+from results import cost_model, timing
 from results.store import Curves, Runs, Store
 from results.tables import ACCURACY, LABELS, LAST, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
 
 STYLE = Path(__file__).parent / "report/paper.mplstyle"
 MARKERS = "osD^v"
+# cells in a grid
+SHORT = {"ar_sgd": "AR", "ar_adam": "AR", "slowmo_local_sgd": "L", "slowmo_local_adam": "L", "slowmo_sgp": "S", "slowmo_osgp": "O"}
 
 
 def main(store: Store) -> None:
@@ -190,21 +194,38 @@ def beta(data, runs, curves):
 
 
 def clusters(out: Path, nodes=cost_model.NODES, rates=cost_model.RATES) -> None:
-    """Modelled iterations against the number of nodes, a panel a rate: `out`/runtime_<data>."""
+    """Which method costs least on other clusters, and by how many per cent of AllReduce's time, as modelled: `out`/runtime_<data>.
+
+    A panel for each machine and width; above what is sent during backward, below after it, AllReduce's gradients too.
+    """
     with plt.style.context(STYLE):
         for data in cost_model.TASKS:
-            found = cost_model.elsewhere(data, nodes, rates)
-            figure, axes = plt.subplots(1, len(rates), sharey=True, figsize=(2.2 * len(rates) + 0.8, 3.0), squeeze=False)
-            for axis, rate in zip(axes[0], rates):
-                for k, (cell, part) in enumerate(found[found["rate"] == rate].groupby("cell", sort=False)):
-                    style = {"marker": MARKERS[k], "linestyle": "-" if cell.startswith("slowmo_") else "--", "label": LABELS[cell]}
-                    axis.plot(part["nodes"], part["milliseconds"], **style)
-                axis.set_xscale("log", base=2)
-                axis.set(xlabel="nodes", title=f"{rate:g} Gbit/s")
-            axes[0][0].set_ylabel("ms per iteration, modelled")
-            axes[0][0].set_ylim(bottom=0)
-            axes[0][-1].legend()  # where lines lie low
-            save(titled(figure, data, ""), out, f"runtime_{data}")
+            kinds = [(machine, width) for machine in cost_model.MACHINES for width in cost_model.WIDTHS]
+            figure, axes = plt.subplots(2, len(kinds), sharex=True, sharey=True, figsize=(2.4 * len(kinds) + 0.4, 4.6), squeeze=False)
+            for line, overlap in zip(axes, (True, False)):
+                found = cost_model.elsewhere(data, nodes, rates, overlap)
+                cells = list(dict.fromkeys(found["cell"]))
+                for axis, (machine, width) in zip(line, kinds):
+                    own = found[(found["machine"] == machine) & (found["width"] == width)]
+                    best = [[timing.least(own[(own["rate"] == rate) & (own["nodes"] == m)]) for m in nodes] for rate in rates]
+                    colours = np.array([[to_rgb(f"C{cells.index(cell)}") for cell, _ in row] for row in best])
+                    axis.imshow(0.45 + 0.55 * colours, origin="lower", aspect="auto")  # light, so that numbers can be read
+                    for y, row in enumerate(best):
+                        for x, (cell, ratio) in enumerate(row):
+                            axis.text(x, y, f"{SHORT[cell]}\n−{100 * (1 - ratio):.0f}%" if ratio < 1 else SHORT[cell], ha="center",
+                                      va="center", fontsize=5)  # fmt: skip
+                    axis.set_xticks(range(len(nodes)), nodes, fontsize=6)
+                    axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+                    axis.set_title(f"{machine}, {width}, {'during' if overlap else 'after'} backward", fontsize=7)
+                    axis.grid(False)
+                line[0].set_ylabel("Gbit/s")
+            for axis in axes[-1]:
+                axis.set_xlabel("nodes")
+            note = (
+                "the method that costs least, and how much less than AllReduce; AR: none costs 1% less; "
+                "L, S, O: SlowMo over Local SGD (Local Adam), SGP, OSGP"
+            )
+            save(titled(figure, data, note), out, f"runtime_{data}")
 
 
 def scaling(lines: pd.DataFrame, out: Path) -> None:

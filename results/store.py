@@ -9,7 +9,7 @@ from experiments import files
 
 METRICS = ("train_loss", "validation_loss", "nll", "nll_base2", "accuracy", "top5")
 KEY = ["run", "seed", "commit"]
-NETWORK = ["data", "network", "hosts", "node", "rate", "delay"]  # what one measurement over links is of
+NETWORK = ["data", "network", "hosts", "node", "rate", "delay", "straggler", "jitter"]  # what one measurement over links is of
 COLUMNS = {
     "runs": [  # a line a run
         "run", "seed", "experiment", "status", "step", "data", "workers", "processes", "device", "threads", "seconds_per_iteration",
@@ -24,7 +24,9 @@ COLUMNS = {
         "experiment", "lr", "beta", "seed", "length", "status", "metric", "value", "train_loss_last", "chosen", "commit",
     ],
     "claims": ["claim", "data", "kind", "verdict", "evidence", "runs"],
-    "links": [*NETWORK, "emulated", "bytes", "row", "round", "milliseconds", "commit", "machine"],  # python -m benchmarks.table2
+    "links": [  # python -m benchmarks.table2
+        *NETWORK, "emulated", "bytes", "warmup", "iterations", "row", "round", "milliseconds", "commit", "machine",
+    ],
     "benchmarks": ["what", "against", "where", "aim", "ratio", "low", "high", "rounds", "commit", "machine"],  # python -m benchmarks
     "scaling": ["what", "m", "d", "value", "commit", "machine"],  # python -m benchmarks.scaling
 }  # fmt: skip

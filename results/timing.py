@@ -5,38 +5,44 @@ import math
 import numpy as np
 import pandas as pd
 
-from results import cost_model
-from results.cost_model import CLOSE, LATENCY, NODES, PAYLOAD, RATES, SHOWN, TASKS, Links
+from results import cost_model, straggling
+from results.cost_model import CLOSE, MACHINES, NODES, RATES, SHOWN, TASKS, WIDTHS, Links
 from results.store import NETWORK, Store, save
 from results.tables import LABELS, TEXT, TITLES
 
-PAYS = 0.95  # of AllReduce's time
+PAYS, CLEAR = 0.95, 0.99  # of AllReduce's time: SlowMo pays; a method costs less
+AIM = 0.05  # measured over model
 RULES = (
-    "C is fitted to the paper's column, everything else follows from the formulas; (!): more than 15% apart. On links"
-    " (`python -m benchmarks.table2`: gloo over TCP between network namespaces, each link shaped) C is the measured"
-    " `compute alone`, and nothing is fitted; medians over rounds with quartiles; relative: over the fastest cell of "
-    "the paper's column."
+    "C is fitted to the paper's column, with everything sent after backward; all else follows from the formulas; (!): more than 15% apart. "
+    "On links (`python -m benchmarks.table2`: gloo over TCP between network namespaces, each link shaped) C is the measured `compute "
+    "alone`, and nothing is fitted. There numbers are medians over rounds, (!) marks those more than 5% from the model; in brackets: over "
+    "the fastest cell of the paper's column, sent the same way."
 )
 SCALING = (
-    "Modelled. C and a worker's batch stay as in the paper; a processor k times as fast on links k times as fast and a "
-    "latency k times as short gives the same ratios. Averages go by ring or by halving and doubling, AllReduce's during or "
-    "after backward, whatever is fastest. In brackets the largest term beside compute. SlowMo pays where an iteration takes"
-    " 5% less than AllReduce's."
+    "Modelled. A worker's batch stays as in the paper; an H100 node computes {imagenet:.1f} times as fast as a DGX-1 on ImageNet and "
+    "{wmt16:.1f} times on WMT16 (results/cost_model.py has the sources). *bfloat16*: whatever is sent, messages, averages and "
+    "AllReduce's gradients; this library rounds messages alone. Averages go by ring or by halving and doubling, whatever is faster; links "
+    "of 100 Gbit/s and more have a latency of 5 µs. Everything is sent during backward, AllReduce's gradients too. A cell is the method "
+    "that costs least and how much less than AllReduce; a method within 1% of AllReduce does not count. SlowMo pays where an iteration "
+    "takes 5% less; in brackets the most that it saves."
+)
+STRAGGLING = (
+    "Hosts are seldom equally fast. One is 1.5 times slower all the time; or each host computes 10 times as long in 5% of its steps, by "
+    "draws of its own. Means in milliseconds, in brackets over equal hosts. A host that is always slow sets everybody's pace, whatever "
+    "is sent: gossip hands its lateness on within a few steps. Jitter tells them apart: in every step AllReduce waits for the slowest of "
+    "all hosts, SGP for the two that it exchanges a message with, OSGP for the same two but a step later; Local SGD evens τ steps out "
+    "before it waits for all."
 )
 MISSED = (
     "Rows on loopback have nothing to hide a message behind: it takes the cores that compute. SGP with a long message leaves the link "
     "idle until the first bucket has its gradients. OSGP's message is under way while gradients are formed, so it takes memory of its "
     "own; SGP's comes into the gradients' memory when the optimizer has used it."
 )
-NOTES = {
-    "imagenet": "SGP: the paper's waits for 33 ms of a message of 86 if OSGP's 271 are taken as compute: some of it travels while"
-    " the next batch is read or gradients are still formed. Ours is sent when the step is done and waited for, as its"
-    " definition says; the fit spreads the difference over all cells. AllReduce: the paper's 420 is compute and a "
-    "whole ring one after the other. Double-averaging over Local SGD: an average of two blocks every 12 iterations "
-    "cannot cost 111 ms per iteration more than Local SGD; over SGP the paper's costs 98 more, about one message. Both"
-    " fit buffers that are exchanged at every iteration, which is not what averaging every τ says.",
-    "wmt16": "SGP's 1225 ms, 2.4 times Local Adam's, are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s, and SGP waits "
-    "for all of it.",
+NOTES = {  # of each cell that is more than 15% off, and of what the column says
+    "imagenet": "AR-SGD: the paper's 420 is compute and a whole ring one after the other. Double-averaging over Local SGD: an average of"
+    " two blocks every 12 iterations cannot cost 111 ms per iteration more than Local SGD; over SGP the paper's costs 98 more, about one "
+    "message. Both fit buffers that are exchanged at every iteration, which is not what averaging every τ says.",
+    "wmt16": "Its 1225 ms are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s.",
 }
 
 
@@ -46,10 +52,9 @@ def main(store: Store) -> None:
     text = ["# Seconds of an iteration", "", "```", formulas, "```", "", "## Table 2: the paper, the model, and links", "", RULES, ""]
     measured = store.find("links")
     for data in dict.fromkeys((*TASKS, *measured["data"])):
-        text += [f"### {TITLES[data]}", ""]
-        text += [against_paper(data), NOTES[data], ""] if data in TASKS else []
-        text += [on_links(data, measured)]
-    text += ["## Other clusters", "", SCALING, ""]
+        text += [f"### {TITLES[data]}", "", *([against_paper(data)] if data in TASKS else []), on_links(data, measured)]
+    text += ["## Hosts that are not equally fast", "", straggling_hosts(measured), ""]
+    text += ["## Other clusters", "", SCALING.format(**MACHINES["H100"]), ""]
     for data in TASKS:
         text += [clusters(data), ""]
     if store.has("benchmarks"):
@@ -62,52 +67,106 @@ def main(store: Store) -> None:
 
 
 def label(row: str) -> str:
-    """A row's words: `ar_sgd_after` averages after backward, `sgp,outer.tau=12` has another τ."""
-    cell, _, tau = row.partition(",outer.tau=")
-    name = LABELS[cell.replace("_after", "")] + f", τ = {tau}" * bool(tau)
-    return name + f", averaging {'after' if cell.endswith('_after') else 'during'} backward" * cell.startswith("ar_")
+    """A row's words: `sgp_after` is sent after backward, which a column says; `sgp,outer.tau=12` has another τ."""
+    cell, _, tau = row.replace("_after", "").partition(",outer.tau=")
+    return LABELS[cell] + f", τ = {tau}" * bool(tau)
 
 
 def beside(lines: pd.DataFrame) -> str:
-    """The measured rows of one network beside the model and the paper, in milliseconds and over the first cell's."""
+    """The measured rows of one network beside the paper and the model, in milliseconds: sent during backward and after it."""
     data, network = lines["data"].iloc[0], lines["network"].iloc[0]
-    by = lines.groupby("row", sort=False)["milliseconds"]
-    measured, low, high = by.median(), by.quantile(0.25), by.quantile(0.75)
-    modelled = cost_model.model(lines) if network == "emulated" else {}  # loopback has no rate
-    # the paper's AllReduce averages after backward, see NOTES
-    known = {f"{row}_after" if row.startswith("ar_") else row: value for row, value in cost_model.paper(cost_model.column(data)).items()}
+    measured = lines.groupby("row", sort=False)["milliseconds"].median()
+    model = cost_model.model if equal(lines).all() else straggling.model
+    modelled = model(lines) if network == "emulated" else {}  # loopback has no rate
+    known = cost_model.paper(data) if data in TASKS else {}
     fastest = "local_adam" if data in TEXT else "osgp"  # of the paper's column
-    start = fastest if fastest in measured else measured.index[1]
+
+    def over(table, row: str, number: float, digits: int) -> str:
+        start = f"{fastest}_after" if "_after" in row and f"{fastest}_after" in table else fastest
+        return f"{number:.{digits}f}" + (f" ({table[row] / table[start]:.2f})" if start in table and row != start else "")
+
+    def pair(row: str) -> str:
+        if row not in measured:
+            return " | "
+        value, there = measured[row], modelled.get(row)
+        wrong = mark(value / there, AIM) if there else ""
+        return f"{over(measured, row, value, 1)}{wrong} | " + (f"{there:.1f}" if there else "")
+
     out = [
-        "| | measured ms (quartiles) | model ms | measured over model | relative | model's | paper's |",
-        "|---|---|---|---|---|---|---|",
+        "| | paper ms | during backward: ms | model ms | after: ms | model ms |",
+        "|---|---|---|---|---|---|",
+        f"| compute alone | | {measured['compute']:.1f} | | | |",
     ]
-    for row, value in measured.items():
-        shown = f"{value:.1f} ({low[row]:.1f} to {high[row]:.1f})"
-        if row == "compute":
-            out.append(f"| compute alone | {shown} | | | | | |")
-            continue
-        ratios = [f"{table[row] / table[start]:.3f}" if row in table and start in table else "" for table in (measured, modelled, known)]
-        there, off = "", ""
-        if row in modelled:
-            there, off = f"{modelled[row]:.1f}", f"{value / modelled[row]:.3f}{mark(value / modelled[row])}"
-        out.append(f"| {label(row)} | {shown} | {there} | {off} | {' | '.join(ratios)} |")
+    for row in dict.fromkeys(row.replace("_after", "") for row in measured.index.drop("compute")):
+        cell, comma, tau = row.partition(",")
+        paper = over(known, row, 1000 * known[row], 0) if row in known else ""
+        out.append(f"| {label(row)} | {paper} | {pair(row)} | {pair(f'{cell}_after{comma}{tau}')} |")
     return "\n".join(out)
 
 
-def mark(ratio: float) -> str:
-    return "" if abs(math.log(ratio)) <= math.log(1 + CLOSE) else " (!)"
+def mark(ratio: float, close: float = CLOSE) -> str:
+    return "" if abs(math.log(ratio)) <= math.log(1 + close) else " (!)"
+
+
+def spread(lines: pd.DataFrame) -> float:
+    """The largest distance of a row's quartiles from its median, over the median."""
+    by = lines.groupby("row")["milliseconds"]
+    return max((by.quantile(q) / by.median() - 1).abs().max() for q in (0.25, 0.75))
+
+
+def equal(lines: pd.DataFrame) -> pd.Series:
+    """Which lines were measured on hosts that are equally fast."""
+    return (lines["straggler"] == 1) & (lines["jitter"] == 0)
+
+
+def where(line) -> str:
+    """The network of a line."""
+    words = f"{line.hosts} hosts" + f" of {line.node} processes" * (line.node > 1)
+    return words + (f", links of {line.rate}, delay {line.delay}" if line.network == "emulated" else ", on loopback")
 
 
 def on_links(data: str, lines: pd.DataFrame) -> str:
-    """What was measured of a column of Table 2, a table for each network."""
+    """What was measured of a column of Table 2 on equal hosts, a table for each network."""
     text = []
-    for (_, kind, hosts, node, rate, delay), part in lines[lines["data"] == data].groupby(NETWORK, sort=False):
-        where = f"{hosts} hosts" + f" of {node} processes" * (node > 1)
-        where += f", links of {rate}, delay {delay}" if kind == "emulated" else ", on loopback"
-        model = "" if part["emulated"].iloc[0] else " A real model computes."
-        text.append(f"Measured on {where}, rows of {part['bytes'].iloc[0] / 1e6:.2f} MB.{model} {made(part)}\n\n{beside(part)}\n")
+    for _, part in lines[(lines["data"] == data) & equal(lines)].groupby(NETWORK, sort=False):
+        line = next(part.itertuples())
+        model = "" if line.emulated else " A real network computes."
+        rounds = f"{part['round'].nunique()} rounds, quartiles within {100 * spread(part):.1f}% of the median."
+        text.append(f"Measured on {where(line)}, rows of {line.bytes / 1e6:.2f} MB.{model} {rounds} {made(part)}\n\n{beside(part)}\n")
     return "\n".join(text or ["Not measured on links yet: `python -m benchmarks.table2`.\n"])
+
+
+def straggling_hosts(lines: pd.DataFrame) -> str:
+    """Unequal hosts: simulated on the paper's cluster, and what was measured on links beside the same simulation."""
+    found = straggling.on_the_papers_cluster()
+    kinds = list(straggling.KINDS)
+    text = [STRAGGLING, "", f"Simulated: ImageNet, {TASKS['imagenet'].nodes} nodes on 10 Gbit/s, sent during backward.", ""]
+    text += [f"| | equal hosts | {' | '.join(kinds)} |", "|---|---|---|---|"]
+    for cell, line in found.iterrows():
+        words = [f"{line[kind]:.0f} ({line[kind] / line['equal hosts']:.2f})" for kind in kinds]
+        text.append(f"| {LABELS[cell]} | {line['equal hosts']:.0f} | {' | '.join(words)} |")
+    lines = lines[~equal(lines)]
+    if lines.empty:
+        return "\n".join([*text, "", "Not measured on links yet: `python -m benchmarks.table2 benchmark=jitter`.\n"])
+    for _, part in lines.groupby(["data", "hosts", "rate", "delay"], sort=False):
+        sides = {}
+        for kind, (straggler, jitter) in straggling.KINDS.items():
+            own = part[(part["straggler"] == straggler) & (part["jitter"] == jitter)]
+            if len(own):
+                sides[kind] = own.groupby("row", sort=False)["milliseconds"].mean(), straggling.model(own)
+        if not sides:
+            continue
+        first = next(part.itertuples())
+        text += ["", f"Measured: {TITLES[first.data]}, {where(first)}, rows of {first.bytes / 1e6:.2f} MB. {made(part)}", ""]
+        text += [f"| | {' | '.join(f'{kind}: ms | model ms' for kind in sides)} |", "|---" * (1 + 2 * len(sides)) + "|"]
+        for row in dict.fromkeys(part["row"]):
+            words = []
+            for measured, modelled in sides.values():
+                there = row in measured
+                off = mark(measured[row] / modelled[row], AIM) if there else ""
+                words.append(f"{measured[row]:.1f}{off} | {modelled[row]:.1f}" if there else " | ")
+            text.append(f"| {'compute alone' if row == 'compute' else label(row)} | {' | '.join(words)} |")
+    return "\n".join([*text, ""])
 
 
 def made(lines: pd.DataFrame) -> str:
@@ -117,66 +176,80 @@ def made(lines: pd.DataFrame) -> str:
 
 
 def against_paper(data: str) -> str:
-    """Table 2's column beside the model, whose AllReduce averages after backward; what it takes during it is said last."""
+    """Table 2's column beside the model, sent after backward, as C is fitted, and during it; then what that says."""
     task, compute, cells = TASKS[data], cost_model.fitted(data), cost_model.paper(data)
     there = Links(task.nodes)
     costs = {name: 1000 * getattr(there, name)(task.size).sum() for name in ("message", "average", "allreduce")}
     lines = [
         f"C = {1000 * compute:.0f} ms, N = {task.size / 1e6:.1f} MB, m = {task.nodes}, g = {there.node}, R = {there.rate / 1e9:g} Gbit/s, "
         f"λ = {1e6 * there.latency:g} µs: {', '.join(f'{name} {cost:.0f} ms' for name, cost in costs.items())}.\n",
-        "| | paper ms | model ms | model over paper | of these: compute | waiting | exact averages |",
-        "|---|---|---|---|---|---|---|",
+        "| | paper ms | after backward: model ms | over paper | during: model ms | over paper |",
+        "|---|---|---|---|---|---|",
     ]
+    ways = {}
     for cell, value in cells.items():
-        terms = cost_model.iteration(f"{data}_{cell}", compute, task.size, there)
-        total = sum(terms.values())
-        waited, averaged = terms["bytes"] + terms["latency"], terms["bytes of averages"] + terms["latency of averages"]
-        numbers = " | ".join(f"{1000 * part:.0f}" for part in (compute, waited, averaged))
-        lines.append(f"| {LABELS[cell]} | {1000 * value:.0f} | {1000 * total:.0f} | {total / value:.2f}{mark(total / value)} | {numbers} |")
-    last = next(cell for cell in cells if cell.startswith("ar_"))
-    early = cost_model.seconds(f"{data}_{last}", compute, task.size, there, early=True)
-    return "\n".join(lines) + f"\n\n{LABELS[last]} in buckets during backward, on the same links: {1000 * early:.0f} ms.\n"
+        words, ways[cell] = [], [cost_model.seconds(f"{data}_{cell}", compute, task.size, there, overlap) for overlap in (False, True)]
+        for total, note in zip(ways[cell], (mark(ways[cell][0] / value), "")):
+            words.append(f"{1000 * total:.0f} | {total / value:.2f}{note}")
+        lines.append(f"| {LABELS[cell]} | {1000 * value:.0f} | {' | '.join(words)} |")
+    fastest = "local_adam" if data in TEXT else "osgp"  # of the paper's column
+    after, during = (own / start for own, start in zip(ways["sgp"], ways[fastest]))
+    said = hidden(LABELS[fastest], cells["sgp"] / cells[fastest], during, after)
+    return "\n".join([*lines, "", f"{said} {NOTES[data]}", ""])
+
+
+def hidden(start: str, paper: float, during: float, after: float) -> str:
+    """What the paper's SGP says of its implementation, beside ours; all over the iteration of `start`."""
+    words = f"The paper's SGP takes {paper:.2f} times as long as its {start}, ours {during:.2f} times during backward, {after:.2f} after it"
+    if paper >= after:
+        return f"{words}: the paper's waits for the whole message."
+    if paper <= during:
+        return f"{words}: the paper's hides all that buckets can."
+    return (
+        f"{words}: the paper's hides {100 * (after - paper) / (after - 1):.0f}% of its message and waits for the rest. Buckets sent during "
+        "backward would hide more, a message that is waited for at once nothing: it fits one whole message that leaves when the step is "
+        "done and is waited for before the next forward pass, while a batch is read."
+    )
 
 
 def clusters(data: str, nodes=NODES, rates=RATES) -> str:
-    """Modelled iterations on other clusters: a table, where SlowMo pays, and which term is the largest from where on."""
-    found = cost_model.elsewhere(data, nodes, rates)
-    cells = list(dict.fromkeys(found["cell"]))
-    lines = ["| Gbit/s | m | " + " | ".join(LABELS[cell] for cell in cells) + " |", "|---" * (len(cells) + 2) + "|"]
+    """Modelled iterations on other clusters, sent during backward: what costs least, and a sentence for each rate."""
+    found = cost_model.elsewhere(data, nodes, rates, overlap=True)
+    kinds = [(machine, width) for machine in MACHINES for width in WIDTHS]
+    lines = ["| Gbit/s | m | " + " | ".join(f"{machine}, {width}" for machine, width in kinds) + " |", "|---" * (len(kinds) + 2) + "|"]
     for (rate, m), part in found.groupby(["rate", "nodes"], sort=False):
-        part = part.set_index("cell")
-        numbers = [f"{part['milliseconds'][cell]:.0f} ({_largest(part.loc[cell])})" for cell in cells]
-        lines.append(f"| {rate:g} | {m} | {' | '.join(numbers)} |")
+        words = []
+        for kind in kinds:
+            cell, ratio = least(part[(part["machine"] == kind[0]) & (part["width"] == kind[1])])
+            words.append(LABELS[cell] + f", −{100 * (1 - ratio):.0f}%" * bool(ratio < 1))
+        lines.append(f"| {rate:g} | {m} | {' | '.join(words)} |")
     return "\n".join([f"### {TITLES[data]}", "", *lines, "", *(f"- {sentence}" for sentence in sentences(data, found))])
 
 
-TERMS = ["bytes", "latency", "bytes of averages", "latency of averages"]
-
-
-def _largest(line) -> str:
-    return max(TERMS, key=lambda term: line[term]) if any(line[term] for term in TERMS) else "none"
+def least(lines: pd.DataFrame) -> tuple[str, float]:
+    """(the cell that costs least, its time over AllReduce's) of one cluster; AllReduce where no other costs clearly less."""
+    best = lines.loc[lines["over AllReduce"].idxmin()]
+    if best["over AllReduce"] < CLEAR:
+        return best["cell"], best["over AllReduce"]
+    return next(cell for cell in lines["cell"] if cell.startswith("ar_")), 1.0
 
 
 def sentences(data: str, found: pd.DataFrame) -> list[str]:
-    """By rate: where SlowMo pays against AllReduce and what it adds to its base; where compute is not the largest term."""
-    said, task = [], TASKS[data]
+    """By rate: over which bases SlowMo pays against AllReduce, and what it adds to its base."""
+    said = []
     for rate, part in found.groupby("rate", sort=False):
         words = []
-        for cell in SHOWN[data in TEXT]:
-            of = part[part["cell"] == cell]
-            pays = of[of["over AllReduce"] <= PAYS]["nodes"]
-            where = f"pays at m = {_ranges(pays, of['nodes'])}" if len(pays) else "pays nowhere here"
-            words.append(f"{LABELS[cell]} {where} and adds at most {100 * (of['over base'].max() - 1):.1f}% to its base")
-        said.append(f"{rate:g} Gbit/s: {'; '.join(words)}.")
-        words = []
-        for cell in dict.fromkeys(part["cell"]):
-            of = part[part["cell"] == cell]
-            above = of[of[TERMS].max(axis=1) > of["compute"]]["nodes"]
-            if len(above):
-                words.append(f"of {LABELS[cell]} at m = {_ranges(above, of['nodes'])}")
-        cross = 8 * task.size / (PAYLOAD * rate * 1e9 * LATENCY)
-        text = f"{rate:g} Gbit/s: compute is the largest term everywhere" + f" but {', '.join(words)}, where link bytes are" * bool(words)
-        said.append(f"{text}. The latency of a ring for the whole row outweighs its bytes above m = {cross:,.0f}.")
+        for (machine, width), own in part.groupby(["machine", "width"], sort=False):
+            pays = []
+            for cell in SHOWN[data in TEXT]:
+                of = own[own["cell"] == cell]
+                some = of[of["over AllReduce"] <= PAYS]
+                if len(some):
+                    few = f"m = {_ranges(some['nodes'], of['nodes'])}, " * (len(some) < len(of))
+                    pays.append(f"{LABELS[cell.removeprefix('slowmo_')]} ({few}−{100 * (1 - some['over AllReduce'].min()):.0f}%)")
+            words.append(f"on {machine} nodes in {width} " + (f"over {', '.join(pays)}" if pays else "nowhere"))
+        added = 100 * (part[part["cell"].str.startswith("slowmo_")]["over base"].max() - 1)
+        said.append(f"{rate:g} Gbit/s: SlowMo pays {'; '.join(words)}. It adds at most {added:.1f}% to its base.")
     return said
 
 

@@ -147,20 +147,40 @@ def measure(*overrides, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, env=environment)
 
 
+def test_a_row_is_measured_both_ways_on_unequal_hosts(tmp_path):
+    """Sent during backward and after it; the second host is the faster one, and computes as long as it was told to."""
+    done = measure("benchmark.network=loopback", "benchmark.rounds=2", "benchmark.iterations=12", "benchmark.straggler=20",
+                   "benchmark.rows=[sgp,'slowmo_sgp_after,outer.tau=12']", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = pd.read_csv(tmp_path / "data/links.csv")
+    assert list(lines.columns) == COLUMNS["links"] and list(lines["row"][::2]) == ["compute", "sgp", "slowmo_sgp_after,outer.tau=12"]
+    facts = {name: set(lines[name]) for name in ("straggler", "jitter", "warmup", "iterations")}
+    assert facts == {"straggler": {20}, "jitter": {0}, "warmup": {1}, "iterations": {12}}
+    assert (lines["milliseconds"] >= 20).all() and (lines["milliseconds"][2:] >= 40).all()  # the mean of 2 and 40 ms, or all wait for 40
+    assert set(lines["bytes"]) == {4 * round(25_557_032 / 1000)}
+
+
+def test_a_real_network_takes_random_pictures(tmp_path):
+    words = ["benchmark=resnet", "benchmark.scale=null", "benchmark.compute=task", "benchmark.network=loopback", "benchmark.rounds=1",
+             "benchmark.iterations=2", "benchmark.rows=[ar_sgd_after,osgp]"]  # fmt: skip
+    small = "benchmark.overrides=['task.width=4','task.batch_size=4','data.train=512','data.root=/nowhere']"
+    done = measure(*words, small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = pd.read_csv(tmp_path / "data/links.csv")
+    assert list(lines["row"]) == ["compute", "ar_sgd_after", "osgp"] and not lines["emulated"].any() and (lines["milliseconds"] > 0).all()
+
+
 @pytest.mark.slow
 def test_every_row_of_table_2_is_measured(tmp_path):
     done = measure("benchmark.network=loopback", "benchmark.rounds=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = pd.read_csv(tmp_path / "data/links.csv")
-    more = ("local_sgd,outer.tau=48", "slowmo_local_sgd,outer.tau=48", "slowmo_osgp,outer.tau=12", "slowmo_sgp,outer.tau=12")
-    assert list(lines.columns) == COLUMNS["links"] and set(lines["row"]) == {
-        "compute",
-        "ar_sgd_after",
-        *cost_model.paper("imagenet"),
-        *more,
-    }
+    cells = cost_model.paper("imagenet")
+    rows = {*cells, *(f"{cell}_after" for cell in cells if cost_model.two_ways(f"imagenet_{cell}"))}
+    more = {"local_sgd,outer.tau=48", "slowmo_local_sgd,outer.tau=48", "slowmo_osgp,outer.tau=12", "slowmo_sgp,outer.tau=12"}
+    assert list(lines.columns) == COLUMNS["links"] and set(lines["row"]) == {"compute", *rows, *more}
     assert (lines["milliseconds"] >= 2).all() and set(lines["round"]) == {0, 1} and (lines["network"] == "loopback").all()
-    assert "round 2/2 double_averaging_local_sgd" in done.stdout and "| OSGP + SlowMo |" in done.stdout
+    assert "round 2/2 double_averaging_local_sgd_after" in done.stdout and "| OSGP + SlowMo |" in done.stdout
     again = measure("benchmark.network=loopback", "benchmark.rounds=1", "benchmark.rows=['slowmo_osgp,outer.tau=12']", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert set(pd.read_csv(tmp_path / "data/links.csv")["row"]) == {"compute", "slowmo_osgp,outer.tau=12"}  # the same network: replaced
@@ -206,7 +226,13 @@ def test_measuring_on_links(tmp_path):
         (["benchmark.compute=fast"], "seconds, or `task`"),
         (["benchmark.iterations=24"], "averages every 48, choose a multiple"),
         (["benchmark.rows=[sgd]"], "no experiment imagenet_sgd"),
-        (["benchmark.rows=[sgp_after]"], "of AllReduce also with _after"),
+        (["benchmark.rows=[osgp_after]"], "osgp_after: its messages leave before backward either way"),
+        (["benchmark.rows=['sgp,base=osgp']"], "perhaps with another τ"),
+        (["benchmark.straggler=0.5"], "how many times slower a host is, at least 1"),
+        (["benchmark.jitter=5"], "a share of steps, from 0 to 1"),
+        (["benchmark.jitter=often"], "a share of steps, from 0 to 1"),
+        (["benchmark=resnet", "benchmark.jitter=0.05"], "stretch a wait: choose seconds"),
+        (["benchmark.random=true"], "choose benchmark.compute=task"),
         (["benchmark.rows=[]"], "at least one row"),
         (["benchmark.scale=0"], "a positive scale"),
     ],

@@ -63,6 +63,19 @@ def test_curves_of_runs_that_do_not_count_are_not_drawn(tmp_path):
     assert curves.of("cifar10_small_osgp").empty and curves.of("cifar10_small_sgp")["seeds"].tolist() == [1] * 10
 
 
+def test_the_grid_of_other_clusters_says_what_costs_least(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, out, name: drawn.update({name: [[text.get_text() for text in axis.texts]
+                                                                                        for axis in figure.axes]}))  # fmt: skip
+    figures.clusters(tmp_path, (8, 64), (1, 400))
+    assert set(drawn) == {"runtime_imagenet", "runtime_wmt16"}
+    panels = drawn["runtime_imagenet"]
+    assert len(panels) == 8 and all(len(panel) == 4 for panel in panels)  # machines and widths, during and after; rates and nodes
+    assert panels[0][2:] == ["AR", "AR"] and all(panel[0].startswith("L\n−") for panel in panels)
+    during, after = (float(panel[0].split("−")[1].rstrip("%")) for panel in (panels[1], panels[5]))
+    assert during < after  # in bfloat16 AllReduce hides some of its bytes
+
+
 def test_modelled_seconds_are_those_of_the_paper_s_cluster_and_say_so(path):
     runs, curves = loaded(path)
     seconds, how = figures.clock("cifar10_small", "ar_sgd", curves.of("cifar10_small_ar_sgd"))
