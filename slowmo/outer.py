@@ -76,8 +76,7 @@ class Average:
 
     def blank(self) -> Kept:
         """As `rebase`, with zeros: what a loaded state is written into."""
-        self.slow = {}
-        return self.slow
+        return {}
 
     def _slow_step(self, segment: Segment, lr: float) -> None:
         self.base.restart(segment, self.base.averaged(segment), self.buffers)

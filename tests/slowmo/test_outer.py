@@ -423,6 +423,16 @@ def test_rebase_begins_a_round_where_it_is_called():
     assert torch.equal(slow(algorithm, "x0"), mean) and not slow(algorithm, "u").any() and algorithm.steps == 4
 
 
+@pytest.mark.parametrize("outer", OUTERS)
+def test_weights_written_in_mid_training_raise(outer):
+    replicas, algorithm = make(2, "local_sgd", outer)
+    run(Several(2), replicas, algorithm, 2, rate)
+    with torch.no_grad():
+        replicas.models[0].a.add_(1)
+    with pytest.raises(RuntimeError, match=r"call rebase\(\)"):
+        algorithm.start()
+
+
 def test_a_loaded_state_replaces_what_was_there():
     """Also into an algorithm that has already trained: a state without optimizer tensors empties the optimizer."""
     replicas, algorithm = make(2, "sgp", "slowmo-reset")
