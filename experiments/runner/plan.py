@@ -57,9 +57,10 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     size, d = replicas.dtype.itemsize, sum(segment.x.shape[1] for segment in replicas.segments)
     slow_rows = len(algorithm.slow_names) * (1 if algorithm.exact else rows)
     where = f"{rows} per process" if ranks == 1 else f"a worker is {ranks} processes"
-    # a compiled backward gives all gradients at its end, a graph's when all replicas are through
-    hooked = overlaps(cfg, processes) and not cfg.cluster.compile and not cfg.cluster.graph
-    early = isinstance(base, OSGP) and "before forward" or ("during backward" if hooked else "after backward")
+    # compiled code gives gradients at its end, a graph's are handed on when all replicas are through
+    during = "as compiled pieces of backward end" if cfg.cluster.compile else "during backward"
+    early = isinstance(base, OSGP) and "before forward"
+    early = early or (during if overlaps(cfg, processes) and not cfg.cluster.graph else "after backward")
     return {
         "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, slow steps = {len(slow)}, seed = {cfg.seed}, "
                  + _algorithm(composed),
