@@ -110,7 +110,7 @@ def test_parts_are_processes_with_a_share_of_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
     gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.csv")])
     assert list(limits) == ["correctness", *cases.CASES] and sum(gpu.SHARES.values()) == pytest.approx(1)
-    assert limits["correctness"] == pytest.approx(0.2 * 540, rel=0.01) and limits["transformer"] == pytest.approx(540, rel=0.01)
+    assert limits["correctness"] == pytest.approx(0.2 * 513, rel=0.01) and limits["transformer"] == pytest.approx(513, rel=0.01)
     lines = read(tmp_path / "gpu.csv", "gpu")
     assert list(lines["error"])[-2:] == [f"cut off after {limits['resnet18']:.0f} s", "the process ended with code -9"]
     assert len(lines) == 8 + 2  # what a part had written stays
