@@ -1,6 +1,6 @@
 """Compiled or captured replicas: the same gradients, losses, buffers and random numbers as one after another by autograd.
 
-CUDA's capture is replaced here by one that calls Python again: what is around it is the same code. tests/gpu has the real one.
+CUDA's capture is replaced here by tests/support/recorded.py, which replays kernels on a CPU as CUDA does. tests/gpu has the real one.
 """
 
 import functools
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Several, average, build, sgd, two_groups
 from normed import Normal
+from recorded import Cuda, Recorder
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -38,10 +39,14 @@ def captured(request, monkeypatch):
     """train() with graphs that need no GPU."""
 
     def prepared(replicas, loss, losses, batch, compile, graph):
-        return passes.Graphs(replicas, loss, losses, batch, graph, lambda call, stream: call)
+        return passes.Graphs(replicas, loss, losses, batch, graph, recorded)
 
     monkeypatch.setattr("slowmo.train.prepared", prepared)
     return request.param
+
+
+def recorded(call, stream):
+    return Recorder(call).replay
 
 
 def trained(base, task=None, overlap=False, accumulate=1, **options):
@@ -150,7 +155,7 @@ def test_graphs_of_a_layer_in_another_dtype_and_an_unused_one():
         algorithm, loss = slowmo.LocalSGD(replicas, optimizer), lambda model, x: model(x)
         call = passes.Eager(replicas, loss, losses)
         if graph:
-            call = passes.Graphs(replicas, loss, losses, torch.zeros(3, 2), 1, lambda call, stream: call)
+            call = passes.Graphs(replicas, loss, losses, torch.zeros(3, 2), 1, recorded)
         for step in range(3):
             algorithm.start()
             for row in range(2):
@@ -167,10 +172,28 @@ def test_graphs_of_a_layer_in_another_dtype_and_an_unused_one():
 def test_a_batch_of_another_kind_is_refused(batch):
     replicas = slowmo.Replicas(torch.nn.Linear(2, 2), slowmo.Cluster(2))
     loss = lambda model, batch: model(batch[0]).sum() * batch[1]
-    call = passes.Graphs(replicas, loss, torch.zeros(2), (torch.zeros(3, 2), 1), 1, lambda call, stream: call)
+    call = passes.Graphs(replicas, loss, torch.zeros(2), (torch.zeros(3, 2), 1), 1, recorded)
     call(0, (torch.ones(3, 2), 1))
     with pytest.raises(ValueError, match="graph: a batch has other shapes than the one that was captured; choose graph=false"):
         call(1, batch)
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    """A batch is copied when the graph before it on that stream is through, and nobody goes on before all are."""
+    cuda, on_gpu = Cuda(), type("OnGPU", (torch.Tensor,), {"is_cuda": True})
+    cuda.install(monkeypatch)
+    replicas = slowmo.Replicas(torch.nn.Linear(2, 2), slowmo.Cluster(3))
+    call = passes.Graphs(replicas, lambda model, x: model(x).sum(), torch.zeros(3).as_subclass(on_gpu), torch.zeros(4, 2), 2)
+    names, pools = [stream.name for stream in call.streams], call.pools
+    assert len(set(names)) == len(set(pools)) == 2
+    assert cuda.events == [(names[row % 2], f"captures into {pools[row % 2]}, thread_local") for row in range(3)]
+    cuda.events.clear()
+    for row in range(3):
+        call(row, torch.full((4, 2), float(row)))
+        assert (call.inputs[row % 2][0] == row).all()
+    call.finish()
+    turns = [[("main", f"waits for {name}"), (name, "waits for main"), (name, "replays")] for name in (*names, names[0])]
+    assert cuda.events == [*(event for turn in turns for event in turn), *(("main", f"waits for {name}") for name in names)]
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
