@@ -53,7 +53,8 @@ def trained(base, task=None, overlap=False, accumulate=1, **options):
     """(rows, losses, buckets that advanced before each `step`, addresses before and after)."""
     task = task or Several(M)
     optimizer = two_groups(functools.partial(sgd, momentum=0.9, weight_decay=0.01))
-    replicas, algorithm = build(task, M, base, optimizer, lambda b: SlowMo(b, 3), loss_scale=64.0, overlap=overlap, accumulate=accumulate)
+    scale = 64.0 if accumulate > 1 else 1.0
+    replicas, algorithm = build(task, M, base, optimizer, lambda b: SlowMo(b, 3), loss_scale=scale, overlap=overlap, accumulate=accumulate)
     early, finish = [], algorithm.base.handover.finish
     algorithm.base.handover.finish = lambda *a: early.append(algorithm.base.handover.first_waiting) or finish(*a)
     meter = TrainingMeter(M, torch.device("cpu"))
