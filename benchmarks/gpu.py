@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import gc
 import io
-import itertools
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, TINY, Case
-from benchmarks.iterates import BASES, OUTERS, collectives, loops, network, ours
+from benchmarks.iterates import PAIRS, collectives, loops, network, ours
 from experiments import files
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +141,7 @@ def correctness(part: Part) -> None:
 
         part.attempt(what, found)
 
-    for base, name in itertools.product(BASES, OUTERS):
+    for base, name in PAIRS:
         compared(f"{base}, {name}", loops(base, name), lambda: ours(base, name, part.device))
     expected = network("cpu")
     for name, way in WAYS.items():

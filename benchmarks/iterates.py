@@ -6,6 +6,7 @@ graphs; `ours` is the library's own loop. `network` gives iterates of small ResN
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,9 @@ OUTERS = {
     **{f"slowmo, {kind}": functools.partial(outer.SlowMo, beta=BETA, buffers=kind) for kind in ("reset", "maintain", "average")},
     "slowmo, noaverage": functools.partial(outer.SlowMo, beta=BETA, buffers="maintain", exact=False),
     "diloco, maintain": functools.partial(outer.NesterovOuter, beta=BETA, buffers="maintain"),
+    "streaming, maintain": functools.partial(outer.Streaming, beta=BETA, buffers="maintain"),
 }
+PAIRS = [(base, name) for base in BASES for name in OUTERS if base == "local_sgd" or name != "streaming, maintain"]
 STEPS = 2 * TAU + 1
 
 
@@ -50,7 +53,9 @@ def stepper(task, replicas, algorithm, schedule, vectorize=False, **way) -> Call
 def loops(base: str, name: str) -> torch.Tensor:
     """The iterates `[m, d]` after STEPS steps of Nesterov SGD on the quadratic, on the CPU."""
     task, (kind, _, buffers) = quadratic("cpu"), name.partition(", ")
-    A, b, m = task.A, task.b, len(task.A)
+    A, b, (m, d) = task.A, task.b, task.b.shape
+    # which unknowns take a slow step after which steps of a round
+    due = {1: slice(0, d // 2), TAU: slice(d // 2, d)} if kind == "streaming" else {TAU: slice(0, d)}
     graph = {"sgp": slowmo.Exponential(m), "osgp": slowmo.Exponential(m), "dpsgd": slowmo.Ring(m)}.get(base)
     mean = torch.full((m, m), 1 / m, dtype=torch.float64)
     x = task.x0.repeat(m, 1)
@@ -60,17 +65,19 @@ def loops(base: str, name: str) -> torch.Tensor:
         g = torch.einsum("wij,wj->wi", A, x - b)
         g = (mean @ g if base == "allreduce" else g) + DECAY * x
         v = MOMENTUM * v + g
-        d = g + MOMENTUM * v
-        x = P @ (x - LR * d) if base == "sgp" else P @ x - LR * d
-        if kind == "none" or (k + 1) % TAU:
+        step = LR * (g + MOMENTUM * v)
+        x = P @ (x - step) if base == "sgp" else P @ x - step
+        if kind == "none" or k % TAU + 1 not in due:
             continue
-        x = x if buffers == "noaverage" else mean @ x
+        c = due[k % TAU + 1]
+        y = x[:, c] if buffers == "noaverage" else mean @ x[:, c]
         if kind == "slowmo":
-            u = BETA * u + (x0 - x) / LR
-            x = x0 = x0 - LR * u
-        elif kind == "diloco":
-            u = BETA * u + (x0 - x)
-            x = x0 = x0 - (x0 - x + BETA * u)
+            u[:, c] = BETA * u[:, c] + (x0[:, c] - y) / LR
+            y = x0[:, c] = x0[:, c] - LR * u[:, c]
+        elif kind in ("diloco", "streaming"):
+            u[:, c] = BETA * u[:, c] + (x0[:, c] - y)
+            y = x0[:, c] = y - BETA * u[:, c]
+        x[:, c] = y
         v = 0 * v if buffers == "reset" else mean @ v if buffers == "average" else v
     return x
 
@@ -80,7 +87,8 @@ def ours(base: str, name: str, device: str) -> torch.Tensor:
     task = quadratic(device)
     model, m = task.model(), len(task.A)
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, nesterov=True, weight_decay=DECAY, fused=True)
-    replicas = slowmo.Replicas(model, slowmo.Cluster(m, device), optimizer.param_groups)
+    fragments = 2 if name.startswith("streaming") else 1
+    replicas = slowmo.Replicas(model, slowmo.Cluster(m, device), optimizer.param_groups, num_fragments=fragments)
     algorithm = BASES[base](replicas, optimizer)
     step = stepper(task, replicas, OUTERS[name](algorithm, tau=TAU) if OUTERS[name] else algorithm, lambda step: LR)
     for _ in range(STEPS):
@@ -124,5 +132,17 @@ def collectives(device: str) -> torch.Tensor:
         dist.destroy_process_group()
 
 
+class Halves(Quadratic):
+    """Its unknowns are two parameters, so that there are fragments."""
+
+    def model(self) -> nn.Module:
+        model = nn.Module()
+        model.first, model.second = (nn.Parameter(part.clone()) for part in self.x0.chunk(2))
+        return model
+
+    def loss(self, model: nn.Module, batch) -> torch.Tensor:
+        return super().loss(types.SimpleNamespace(x=torch.cat([model.first, model.second])), batch)
+
+
 def quadratic(device: str) -> Quadratic:
-    return Quadratic(workers=4, seed=1, dtype="float64", device=device, dimension=40)
+    return Halves(workers=4, seed=1, dtype="float64", device=device, dimension=40)
