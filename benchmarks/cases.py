@@ -122,7 +122,7 @@ CASES = {
     "transformer": Case("torch.nn.Transformer of transformer-big's sizes", Transformer, m=4, batch=128, sample=28, classes=32_768,
                         unit="tokens/s"),
 }  # fmt: skip
-tiny = functools.partial(dataclasses.replace, m=2, batch=2, tau=2)
+tiny = functools.partial(dataclasses.replace, what="a tiny network", m=2, batch=2, tau=2)
 TINY = {
     "resnet18": tiny(CASES["resnet18"], model=lambda: small_pictures((1, 0, 0, 0), 4), sample=8),
     "resnet50": tiny(CASES["resnet50"], model=lambda: large_pictures((1, 1, 1, 1), 4), sample=32),

@@ -126,7 +126,7 @@ def speed(part: Part, case: Case, least: float) -> None:
         print(f"{case.what}: folded over plain at its best: {max(folded) / max(plain):.3f}, aim {AIM}")
     if part.name == "resnet18" and max(folded):
         hours = RUNS * ITERATIONS * PICTURES / max(folded) / 3600
-        part.note("Table 1's CIFAR-10 column, training alone", m=case.m, value=f"{hours:.3g}", unit="h")
+        part.note(f"{case.what}: Table 1's CIFAR-10 column, training alone", m=case.m, value=f"{hours:.3g}", unit="h")
         print(ANCHORS)
 
 
