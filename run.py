@@ -19,7 +19,7 @@ def main(_: DictConfig) -> None:
         config.check(composed)
         cfg, here = composed.cfg, composed.cfg.launch.name == "inprocess"
         # a login node need not have the job's GPUs
-        cfg.cluster.device = build.device(cfg.cluster.device) if here else "cpu"
+        cfg.cluster.device = build.device(cfg.cluster.device, cfg.cluster.graph) if here else "cpu"
         build.arithmetic(cfg.cluster)
         task = build.build(cfg.task)
         summary, schedule, steps = plan.make(composed, task)

@@ -6,9 +6,10 @@
 Words with = go to the experiment as on run.py's command line. --random: random pictures in the data's shape, no data needed.
 
 Prints the ratio of an iteration (aim <= 1.05) and the share of SlowMo itself at tau = 12 (aim <= 1%); then pictures or tokens a second
-beside one plain model with the same total batch, how long the whole experiment would take, and on a GPU the memory. The sides alternate
-iteration by iteration in one process, so that noise of the machine hits all; medians of paired ratios are printed with quartiles. The
-base is Local SGD, whose step is the optimizer's alone: messages are copies here and cost no link.
+beside one plain model with the same total batch, and how long the whole experiment would take. (What makes folding fast on a GPU, and
+its memory there, is benchmarks.gpu's.) The sides alternate iteration by iteration in one process, so that noise of the machine hits all;
+medians of paired ratios are printed with quartiles. The base is Local SGD, whose step is the optimizer's alone: messages are copies here
+and cost no link.
 """
 
 import argparse
@@ -146,13 +147,6 @@ def main() -> None:
         pace = statistics.median(times[name])
         unit = "pictures" if counted else "target tokens"
         print(f"{name}: {total / pace:,.0f} {unit}/s; {steps:,} such iterations: {steps * pace / 3600:.2f} hours")
-    if it.device.type == "cuda":
-        rows = sum(segment.x.nbytes for segment in it.replicas.segments)
-        del it.plain, it.optimizers, it.one, it.one_step, it.whole
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        it.folded()
-        print(f"memory of the folded side at its peak: {torch.cuda.max_memory_allocated() / rows:.2f} x its rows ({rows / 2**30:.2f} GiB)")
 
 
 def pictures(task, device):

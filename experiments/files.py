@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -196,3 +197,15 @@ def damaged(folder: Path) -> list[str]:
 
 def _seal(result: dict, digests: dict) -> str:
     return hashlib.sha256(json.dumps([result, digests], sort_keys=True).encode()).hexdigest()
+
+
+def commit() -> str | None:
+    """The repository's commit, with `+` when tracked files differ from it, lists of results apart; None outside a repository."""
+    root = Path(__file__).parents[1]
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        tracked = ["git", "status", "--porcelain", "-uno", ":(exclude)results/data"]
+        dirty = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(dirty.strip())

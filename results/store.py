@@ -29,6 +29,9 @@ COLUMNS = {
     ],
     "benchmarks": ["what", "against", "where", "aim", "ratio", "low", "high", "rounds", "commit", "machine"],  # python -m benchmarks
     "scaling": ["what", "m", "d", "value", "commit", "machine"],  # python -m benchmarks.scaling
+    "gpu": [  # python -m benchmarks.gpu, which knows them without pandas
+        "part", "what", "m", "batch", "value", "unit", "ratio", "memory", "error", "commit", "machine",
+    ],
 }  # fmt: skip
 MAKES = {
     "runs": "run something, then python -m results collect",
@@ -36,6 +39,7 @@ MAKES = {
     "links": "python -m benchmarks.table2 makes it",
     "benchmarks": "python -m benchmarks makes it",
     "scaling": "python -m benchmarks.scaling makes it",
+    "gpu": "python -m benchmarks.gpu makes it, where there is a GPU",
     "trials": "python scripts/tune.py makes it",
     "claims": "python -m results claims makes it",
 }

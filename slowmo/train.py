@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from slowmo.outer import Algorithm
+from slowmo.passes import Eager, Graphs, prepared
 from slowmo.replicas import Replicas
 from slowmo.vectorize import VmapReplicas, vectorized
 
@@ -73,21 +74,27 @@ class TrainingMeter:
 
 
 def train(task: Task, replicas: Replicas, algorithm: Algorithm, schedule: Callable[[int], float], steps: int, seed: int,
-          meter: TrainingMeter, vectorize: str | bool = "auto",
-          before_average: Callable[[int], object] | None = None) -> Iterator[int]:  # fmt: skip
+          meter: TrainingMeter, vectorize: str | bool = "auto", before_average: Callable[[int], object] | None = None,
+          compile: bool = False, graph: bool | int = False) -> Iterator[int]:  # fmt: skip
     """Yields the number of finished steps after each, from where `algorithm` stands to `steps`.
 
     schedule: step (from 0) -> γ. A worker's batch may come in micro-batches that go through its model one after another. The random
     numbers that a model draws (dropout) depend on (seed, step, worker, micro-batch) alone, whichever rank of a worker has it. vectorize:
     see vectorize.py. before_average: called with the number of finished inner steps just before each slow step; its time is not training.
+    compile, graph: see passes.py; ValueError together with vectorize=True.
     """
     cluster = replicas.cluster
     at_once: VmapReplicas | Literal[False] | None = None
+    passes: Eager | Graphs
+    if vectorize is True and (compile or graph):
+        raise ValueError("vectorize=true computes all replicas at once, compile and graph one after another: choose one of them")
     for step in range(algorithm.steps, steps):
         next_batches = functools.partial(task.batches, step, cluster.local_workers, (cluster.worker_rank, cluster.worker_size))
         if at_once is None:  # trying it out is not training
-            mode = vectorize if len(replicas.models) > 1 else False
-            at_once = vectorized(replicas, task.loss, next(iter(next_batches())) if mode else None, mode) or False
+            mode = vectorize if len(replicas.models) > 1 and not (compile or graph) else False
+            first = next(iter(next_batches())) if mode or compile or graph else None
+            at_once = vectorized(replicas, task.loss, first, mode) or False
+            passes = prepared(replicas, task.loss, meter.losses, first, compile, graph)
         meter.start()
         algorithm.start(schedule(step))
         batches = next_batches()
@@ -98,9 +105,9 @@ def train(task: Task, replicas: Replicas, algorithm: Algorithm, schedule: Callab
             row, k = divmod(i, replicas.accumulate)
             micro_batch = cluster.worker_rank + k * cluster.worker_size
             torch.manual_seed((((seed * 1_000_003 + step) * 65_537 + cluster.local_workers[row]) * 1_009 + micro_batch) % 2**63)
-            loss = task.loss(replicas.models[row], batch)
-            (loss if replicas.loss_scale == 1 else loss * replicas.loss_scale).backward()
-            meter.losses[row] += loss.detach()
+            passes(row, batch)
+        if not at_once:
+            passes.finish()
         meter.count += 1
         meter.watch(step + 1)
         if algorithm.due and before_average:

@@ -82,10 +82,12 @@ def steps(cfg: DictConfig, task) -> int:
     return whole_steps(cfg) or max(1, round(cfg.epochs * task.steps_per_epoch))
 
 
-def device(name: str) -> str:
-    """`auto` is this process's GPU when there is one."""
+def device(name: str, graph: bool | int = False) -> str:
+    """`auto` is this process's GPU when there is one. graph: whether it must be one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if graph and name == "cpu":
+            raise ValueError("cluster.graph captures a GPU's kernels, but torch sees no GPU: set cluster.graph=false")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("cluster.device=cuda, but torch sees no GPU: install a CUDA build of torch or set cluster.device=cpu")

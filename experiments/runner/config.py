@@ -139,7 +139,7 @@ def check(composed: Composed) -> None:
         value = _resolved(cfg, key, values[key])
         if key == "optimizer.lr" and isinstance(value, NUMBER) and not 0 < value < math.inf:
             raise ValueError(f"optimizer.lr={value}: a learning rate is a positive number")
-        if key != "cluster.vectorize":  # a word or a truth value
+        if key not in ("cluster.vectorize", "cluster.graph"):  # a truth value or something else
             _like(key, value, known.get(key, parameters.get(key)))
     for key in known:
         if key not in values and not key.startswith("launch.sbatch"):
@@ -162,6 +162,14 @@ def check(composed: Composed) -> None:
         raise ValueError(f"resume={cfg.resume}: auto goes on from the last checkpoint, never starts anew and moves the old files aside")
     if cfg.cluster.vectorize not in MODES:
         raise ValueError(f"cluster.vectorize={cfg.cluster.vectorize}: choose auto, true or false")
+    if not isinstance(cfg.cluster.graph, bool):
+        _whole("cluster.graph (false, true, or how many replicas run at a time)", cfg.cluster.graph)
+    if cfg.cluster.vectorize is True and (cfg.cluster.compile or cfg.cluster.graph):
+        raise ValueError(
+            "cluster.vectorize=true computes all replicas at once, cluster.compile and cluster.graph one after another: set it to auto"
+        )
+    if cfg.cluster.graph and cfg.cluster.device == "cpu":
+        raise ValueError("cluster.graph captures a GPU's kernels, and cluster.device=cpu: set cluster.graph=false or cluster.device=cuda")
     if not 0 < cfg.cluster.bucket_cap_mb < 1e9:
         raise ValueError(f"cluster.bucket_cap_mb={cfg.cluster.bucket_cap_mb}: a positive number of MiB")
     if cfg.dtype not in ("float32", "float64"):

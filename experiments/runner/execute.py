@@ -126,7 +126,8 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
 
     status, reason = "done", ""
     with _signals(), progress, loggers:
-        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, cfg.cluster.vectorize, before_average):
+        chosen = {key: cfg.cluster[key] for key in ("vectorize", "compile", "graph")}
+        for step in train(task, replicas, algorithm, schedule, steps, cfg.seed, meter, before_average=before_average, **chosen):
             progress.step(step, schedule(step - 1), meter)
             loggers.step(step, schedule(step - 1), meter)
             last = step == steps

@@ -27,6 +27,8 @@ def make(composed: Composed, task) -> tuple[dict, object, int]:
 
 def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     cfg = composed.cfg
+    if cfg.cluster.graph and not task.same_shapes:
+        raise ValueError("cluster.graph captures batches of one shape, and this task's have many: set cluster.graph=false")
     processes = launch.processes(cfg)
     rows, ranks = layout(cfg.workers, processes)
     parameters = sum(p.numel() for p in task.model().parameters() if p.requires_grad)
@@ -55,7 +57,10 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     size, d = replicas.dtype.itemsize, sum(segment.x.shape[1] for segment in replicas.segments)
     slow_rows = len(algorithm.slow_names) * (1 if algorithm.exact else rows)
     where = f"{rows} per process" if ranks == 1 else f"a worker is {ranks} processes"
-    early = isinstance(base, OSGP) and "before forward" or ("during backward" if overlaps(cfg, processes) else "after backward")
+    # compiled code gives gradients at its end, a graph's are handed on when all replicas are through
+    during = "as compiled pieces of backward end" if cfg.cluster.compile else "during backward"
+    early = isinstance(base, OSGP) and "before forward"
+    early = early or (during if overlaps(cfg, processes) and not cfg.cluster.graph else "after backward")
     return {
         "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, slow steps = {len(slow)}, seed = {cfg.seed}, "
                  + _algorithm(composed),
@@ -71,7 +76,7 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
         "rates": (schedule(0), max(schedule(s) for s in _some(range(steps))), schedule(steps - 1)),
         "warning": drop and "the learning rate drops in the round before slow step {}: line 7 divides by the last rate, u becomes {:.3g} "
                    "times as large; let it drop just after a slow step, each multiple of {}".format(*drop, tau),
-        "device": cfg.cluster.device,
+        "device": ", ".join([cfg.cluster.device, *_kernels(cfg.cluster)]),
         "data": task.found(),
         "target": cfg.target,
         "hours": cfg.launch.nodes * cfg.launch.minutes / 60 if cfg.launch.name == "slurm" else None,
@@ -85,6 +90,12 @@ def _algorithm(composed: Composed) -> str:
     keys = ("tau", "alpha", "beta", "buffers", "exact", "num_fragments")
     kept = [f"{key} = {str(cfg.outer[key]).lower()}" for key in keys if key in cfg.outer]
     return f"base = {chosen['base']}{graph}, outer = {chosen['outer']}" + (f" ({', '.join(kept)})" if kept else "")
+
+
+def _kernels(cluster) -> list[str]:
+    """How forward and backward reach the device, where that is chosen."""
+    graphs = f"a CUDA graph per replica, {int(cluster.graph)} at a time"
+    return ["compiled"] * bool(cluster.compile) + [graphs] * bool(cluster.graph)
 
 
 def _drop(schedule, slow: range, tau: int) -> tuple[int, float] | None:

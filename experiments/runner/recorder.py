@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from experiments import files
+from experiments.files import commit
 from experiments.runner.build import arithmetic_now
 from experiments.runner.run_dir import saved_models
 from slowmo.checkpoint import everywhere
@@ -213,18 +213,6 @@ def _best(rows: list[dict]) -> dict:
             value = better(value for value, _ in seen)
             best[name] = {"value": value, "step": next(step for v, step in seen if v == value)}
     return best
-
-
-def commit() -> str | None:
-    """The repository's commit, with `+` when tracked files differ from it, lists of results apart; None outside a repository."""
-    root = Path(__file__).parents[2]
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        tracked = ["git", "status", "--porcelain", "-uno", ":(exclude)results/data"]
-        dirty = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+" * bool(dirty.strip())
 
 
 def _versions() -> dict:

@@ -17,12 +17,14 @@ class Task:
 
     final: whether a run writes all its iterates to final.npz. fingerprint: of an input file that changes the outcome, or None.
     pieces: parts of a worker's batch that go through its model one after another. loss_scale: see slowmo/replicas.py.
+    same_shapes: whether all batches have the same shapes.
     """
 
     final = False
     fingerprint = None
     pieces = 1
     loss_scale = 1.0
+    same_shapes = True
 
     def there(self) -> bool:
         return True

@@ -9,26 +9,30 @@ from torch.nn import functional as F
 
 from experiments import files
 from experiments.runner.run_dir import load_model
-from experiments.tasks import Task
+from experiments.tasks.amp import HalfPrecision
 from experiments.tasks.resnet import ResNet
 from experiments.tasks.torchvision_cpu import torchvision
 
 
-class Cifar10(Task):
+class Cifar10(HalfPrecision):
     """data: `name` photos or cifar10, `root`, and for cifar10 `download`, for photos the numbers of `train` and `validation` pictures.
 
     batch_size: total over the workers, who must divide it. layers, width: blocks of each of the four stages and channels of the first
     ([2, 2, 2, 2] and 64: ResNet-18; [1, 1, 1, 0] and 16: ResNet-8). stride: the stem's. augment: crop (4 pixels of padding) and flip
     training pictures. Pictures live on the device as bytes; augmentation and normalisation are batched there. Which pictures a worker
     sees and how they are augmented depend on (seed, epoch, worker) alone; shards are disjoint, reshuffled each epoch; what does not fill
-    a batch is left out of that epoch.
+    a batch is left out of that epoch. autocast: bfloat16 or null; rows keep their dtype.
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, layers: list[int],
-                 width: int, stride: int = 1, augment: bool = True, channels_last: bool = True):  # fmt: skip
+                 width: int, stride: int = 1, augment: bool = True, channels_last: bool = True,
+                 autocast: str | None = None):  # fmt: skip
         if data.name not in ("photos", "cifar10"):
             raise ValueError(f"task=cifar10 does not read data={data.name}: choose data=photos or data=cifar10")
+        if autocast not in (None, "bfloat16"):
+            raise ValueError(f"task.autocast={autocast}: choose bfloat16 or null")
+        self.compute_in(autocast, 1.0)
         if batch_size < 1 or batch_size % workers:
             raise ValueError(f"task.batch_size={batch_size} over {workers} workers: choose a multiple of {workers}")
         self.workers, self.seed, self.batch = workers, seed % 2**63, batch_size // workers
@@ -60,7 +64,8 @@ class Cifar10(Task):
 
     def loss(self, model: torch.nn.Module, batch) -> torch.Tensor:
         pictures, labels = batch
-        return F.cross_entropy(model(pictures), labels)
+        with self.precision():
+            return F.cross_entropy(model(pictures), labels)
 
     def evaluate(self, model: torch.nn.Module, part: tuple[int, int]) -> dict:
         """Sums of the negative log likelihood (nats) and of correct answers in per cent, over every part[1]-th validation picture."""
@@ -92,7 +97,9 @@ class Cifar10(Task):
         validation, mine = self._pictures()["validation"], slice(part[0], None, part[1])
         size = 50 if self.device.type == "cpu" else 500  # small nets: 50 stay in a core's cache, which is 1.7 times as fast
         for pictures, labels in zip(validation["pictures"][mine].split(size), validation["labels"][mine].split(size)):
-            yield model(self._normal(pictures)), labels
+            with self.precision():
+                output = model(self._normal(pictures))
+            yield output.to(self.dtype), labels
 
     def found(self) -> str:
         if self.data.name == "photos":

@@ -73,6 +73,8 @@ class WMT16(HalfPrecision):
     Raises ValueError for numbers that do not fit, FileNotFoundError for missing data.
     """
 
+    same_shapes = False
+
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, max_tokens: int, pieces: int, arch: str, layers: int | None,
                  dim: int | None, ffn: int | None, heads: int | None, dropout: float, label_smoothing: float, autocast: str | None,
                  loss_scale: float, bleu):  # fmt: skip

@@ -302,3 +302,24 @@ def test_a_run_ends_with_its_accuracy_in_each_cell(arrays, tmp_path):
     assert found["number"] == 3 and found["count"] == np.bincount(cells).tolist()
     accuracy = task.evaluate(model.eval().requires_grad_(False), (0, 1))["accuracy"]
     assert 100 * sum(found["correct"]) == accuracy and 0 < accuracy < 100 * VALIDATION
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", None])
+def test_autocast_keeps_rows_and_sums_in_their_dtype(autocast, arrays):
+    arrays["train_labels"] %= 10
+    task = make(autocast=autocast)
+    model, (batch, *_) = task.model(), task.batches(0, range(WORKERS), (0, 1))
+    used = []
+    model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: used.append(output.dtype))
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert used == [torch.bfloat16 if autocast else torch.float32] and loss.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():
+        found, plain = task.evaluate(model.eval(), (0, 1)), make().evaluate(model, (0, 1))
+    assert found["nll"] == pytest.approx(plain["nll"], rel=0.02) and (found["nll"] != plain["nll"]) == bool(autocast)
+
+
+def test_no_losses_are_scaled_here(arrays):
+    with pytest.raises(ValueError, match="task.autocast=float16: choose bfloat16 or null"):
+        make(autocast="float16")

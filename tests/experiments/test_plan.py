@@ -1,5 +1,6 @@
 """Before any work: what makes no sense is refused with its remedy, leaving nothing; `dry_run=true` tells the price."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -76,6 +77,8 @@ def match(text: str, pattern: str) -> None:
         (("seed=-2",), "seed=-2: a whole number >= -1"),
         (("evaluate.every=0",), "evaluate.every=0: a whole number >= 1"),
         (("cluster.vectorize=maybe",), "cluster.vectorize=maybe: choose auto, true or false"),
+        (("cluster.compile=yes",), "cluster.compile=yes: give true or false"),
+        (("cluster.graph=true",), "cluster.graph captures a GPU's kernels, .*: set cluster.graph=false"),
         (("evaluate.batchnorm=batch",), "choose one of average, local, recalibrate"),
         (("dtype=int8",), "float32 or float64"),
         (("optimizer.lr=0",), "optimizer.lr=0: a learning rate is a positive number"),
@@ -312,6 +315,41 @@ def composed(*words):
 def test_each_mode_of_vectorize_is_accepted(mode):
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config.check(config.compose(["steps=1", f"cluster.vectorize={mode}"]))
+
+
+@pytest.mark.parametrize("words, remedy", [
+    (("graph=0",), "cluster.graph .*: a whole number >= 1"),
+    (("graph=often",), "cluster.graph .*: a whole number >= 1"),
+    (("graph=true", "device=cpu"), "cluster.device=cpu: set cluster.graph=false or cluster.device=cuda"),
+    (("graph=true", "vectorize=true"), "one after another: set it to auto"),
+    (("compile=true", "vectorize=true"), "one after another: set it to auto"),
+    (("graph=2", "compile=true", "device=cuda"), None),
+])  # fmt: skip
+def test_what_graphs_and_compiling_go_together_with(words, remedy):
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        one = config.compose(["steps=1", *(f"cluster.{word}" for word in words)])
+        with pytest.raises(ValueError, match=remedy) if remedy else contextlib.nullcontext():
+            config.check(one)
+
+
+def test_the_plan_says_how_kernels_are_called_and_when_messages_leave():
+    def planned(*words):
+        one = composed("task=quadratic", "base=sgp", "steps=10", "cluster.device=cuda", "launch=local", "launch.processes=2", *words)
+        task = build.build(OmegaConf.merge(one.cfg.task, {"device": "cpu"}))
+        return task, one
+
+    for words, device, when in (
+        ((), "cuda", "during backward"),
+        (("cluster.compile=true",), "cuda, compiled", "as compiled pieces of backward end"),
+        (("cluster.graph=2",), "cuda, a CUDA graph per replica, 2 at a time", "after backward"),
+        (("cluster.compile=true", "cluster.overlap=false"), "cuda, compiled", "after backward"),
+    ):
+        task, one = planned(*words)
+        summary = plan.make(one, task)[0]
+        assert (summary["device"], summary["when"]) == (device, when)
+    task.same_shapes = False
+    with pytest.raises(ValueError, match="batches of one shape, and this task's have many: set cluster.graph=false"):
+        plan.make(planned("cluster.graph=true")[1], task)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))

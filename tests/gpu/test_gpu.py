@@ -13,7 +13,10 @@ from commands import Command, arrays
 from helpers import BASES, build, run
 
 import slowmo
+from benchmarks import iterates
+from benchmarks.gpu import WAYS
 from experiments.tasks.quadratic import Quadratic
+from slowmo import passes
 from slowmo.cluster import Cluster
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
@@ -44,6 +47,36 @@ def test_iterates_are_a_cpus(base, outer, optimizer):
         replicas, algorithm = build(task, 4, base, OPTIMIZERS[optimizer], OUTERS[outer], Cluster(4, device))
         rows.append(run(task, replicas, algorithm, 7, 0.1).cpu())
     torch.testing.assert_close(*rows, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_is_a_cpus_however_it_is_computed(way):
+    if DEVICE == "cpu" and "graph" in WAYS[way]:
+        pytest.skip("a graph needs a GPU")
+    torch.testing.assert_close(iterates.network(DEVICE, **WAYS[way]), iterates.network("cpu"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", [{"graph": True}, {"compile": True}, {"compile": True, "graph": True}], ids=str)
+def test_dropout_is_the_loop_s(way):
+    if DEVICE == "cpu" and "graph" in way:
+        pytest.skip("a graph needs a GPU")
+    found = []
+    for options in ({}, way):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 1)).to(DEVICE, torch.float64)
+        replicas = slowmo.Replicas(model, Cluster(3, DEVICE))
+        losses, batches = torch.zeros(3, dtype=torch.float64, device=DEVICE), torch.randn(6, 8, 64, dtype=torch.float64).to(DEVICE)
+        call = passes.prepared(replicas, lambda model, x: model(x).square().mean(), losses, batches[0], **options)
+        for k, batch in enumerate(batches):
+            torch.manual_seed(k)
+            call(k % 3, batch)
+        call.finish()
+        found.append((replicas.gradients().cpu(), losses.cpu()))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_process_group_of_one_rank():
+    torch.testing.assert_close(iterates.collectives(DEVICE).cpu(), iterates.loops("sgp", "slowmo, reset"), rtol=1e-10, atol=1e-12)
 
 
 def finished(cwd, *words, processes=1) -> Path:
