@@ -1,6 +1,6 @@
 """Our iterations against limits and peers: one table of ratios, results/mine/benchmarks/cpu.csv.
 
-    python -m benchmarks [--only WORDS] [--rounds 6] [--out results/data/benchmarks.csv, which is published]
+    python -m benchmarks [--only WORDS] [--rounds 6] [--hosts 8] [--out results/data/benchmarks.csv, which is published]
 
 Emulated links want root (benchmarks/links/network.sh); --only loopback, --only process leave them out. All of it takes twenty
 minutes on two cores, which should have nothing else to do. A ratio is the median of paired rounds, with quartiles; each row is written
@@ -23,8 +23,7 @@ from experiments.runner.recorder import commit
 from results.cost_model import number
 from results.store import MINE, read, write
 
-HOSTS, RATE = 4, "400mbit"
-PLACES = {"links": f"{HOSTS} hosts, {RATE}", "loopback": "2 processes, loopback", "process": "one process"}
+HOSTS, RATE = (4, 8), "400mbit"
 KEY = ["what", "against", "where"]
 
 
@@ -40,6 +39,16 @@ class Row:
     function: str
     options: dict = dataclasses.field(default_factory=dict)
     rounds: int | None = None
+
+    def key(self, hosts: int) -> tuple[str, str, str]:
+        """Its line in the table: KEY."""
+        places = {"links": f"{hosts} hosts, {RATE}", "loopback": "2 processes, loopback", "process": "one process"}
+        return self.what, self.against, places[self.where]
+
+
+def keys() -> list[tuple[str, str, str]]:
+    """Every line that the table may have, in its order."""
+    return list(dict.fromkeys(row.key(hosts) for hosts in HOSTS for row in rows()))
 
 
 def rows() -> list[Row]:
@@ -79,7 +88,7 @@ def rows() -> list[Row]:
     return out
 
 
-def run(row: Row, rounds: int) -> list[float]:
+def run(row: Row, rounds: int, hosts: int) -> list[float]:
     """The paired ratios, measured in processes that end with it."""
     function = functools.partial(getattr(importlib.import_module(f"benchmarks.{row.module}"), row.function), **row.options)
     rounds = min(rounds, row.rounds or rounds)
@@ -87,13 +96,14 @@ def run(row: Row, rounds: int) -> list[float]:
         return ranks.spawn(lambda: function(rounds), 1, "loopback")
     if row.where == "loopback":
         return ranks.spawn(lambda: function(None, rounds), 2, "loopback")
-    return ranks.spawn(lambda: function(number(RATE), rounds), HOSTS, "up")
+    return ranks.spawn(lambda: function(number(RATE), rounds), hosts, "up")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--hosts", type=int, default=HOSTS[0], choices=HOSTS, help="of the links")
     parser.add_argument("--out", type=Path, default=MINE.path("benchmarks"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the links' rows alone, within their network
     options = parser.parse_args()
@@ -104,34 +114,33 @@ def main() -> None:
         sys.exit('error: a peer is missing, fairscale: pip install -e ".[oracles]"')
     links, failed = [row for row in chosen if row.where == "links"], False
     if links and not options.inside:
-        failed |= ranks.inside(HOSTS, RATE, "0ms", [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--inside"]) != 0
+        failed |= ranks.inside(options.hosts, RATE, "0ms", [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--inside"]) != 0
     for row in links if options.inside else [row for row in chosen if row.where != "links"]:
         try:
-            ratios = run(row, options.rounds)
+            ratios = run(row, options.rounds, options.hosts)
         except RuntimeError as error:
             print(f"error: {row.where}: {row.what}: {error}", file=sys.stderr)
             failed = True
             continue
-        note(row, ratios, options.out)
+        note(row, ratios, options.out, options.hosts)
     sys.exit(1 if failed else 0)
 
 
-def note(row: Row, ratios: list[float], out: Path) -> None:
+def note(row: Row, ratios: list[float], out: Path, hosts: int) -> None:
     """Say it and put it into `out`, in the place of what stood there; lines of rows that are no more go."""
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    line = {"what": row.what, "against": row.against, "where": PLACES[row.where], "aim": row.aim, "ratio": round(middle, 4),
-            "low": round(low, 4), "high": round(high, 4), "rounds": len(ratios), "commit": commit(),
-            "machine": machine()}  # fmt: skip
+    line = dict(zip(KEY, row.key(hosts))) | {"aim": row.aim, "ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4),
+                                             "rounds": len(ratios), "commit": commit(), "machine": machine()}  # fmt: skip
     lines = pd.DataFrame([line])
     if out.exists():
-        order = {(row.what, row.against, PLACES[row.where]): k for k, row in enumerate(rows())}
+        order = {key: k for k, key in enumerate(keys())}
         before = read(out, "benchmarks").set_index(KEY)
         kept = before[before.index.isin(order) & ~before.index.isin(lines.set_index(KEY).index)].reset_index()
         lines = pd.concat([part for part in (kept, lines) if len(part)])
         lines = lines.assign(at=lines.set_index(KEY).index.map(order)).sort_values("at").drop(columns="at")
     write(out, "benchmarks", lines)
     mark = "ok" if middle <= row.aim else "MISSED"
-    words = f"{row.where}: {row.what} over {row.against}: {middle:.4f} ({low:.4f} to {high:.4f}), aim {row.aim:g}: {mark}"
+    words = f"{line['where']}: {row.what} over {row.against}: {middle:.4f} ({low:.4f} to {high:.4f}), aim {row.aim:g}: {mark}"
     print(words, flush=True)
 
 

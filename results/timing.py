@@ -272,7 +272,7 @@ def benchmarks(store: Store) -> str:
     out = ["| ours | over | where | aim | ratio (quartiles) |", "|---|---|---|---|---|"]
     for line in lines.itertuples():
         ratio = f"{line.ratio:.3f}" + f" ({line.low:.3f} to {line.high:.3f})" * (line.rounds > 1) + " (!)" * (line.ratio > line.aim)
-        out.append(f"| {line.what} | {line.against} | {line.where} | ≤ {line.aim:.2f} | {ratio} |")
+        out.append(f"| {line.what} | {line.against} | {line.where} | ≤ {line.aim:g} | {ratio} |")
     return "\n".join(out) + f"\n\n(!): aim missed. {MISSED} {made(lines)}\n"
 
 
