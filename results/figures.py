@@ -19,7 +19,7 @@ from results.store import Curves, Runs, Store
 from results.tables import ACCURACY, LABELS, LAST, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
 
 STYLE = Path(__file__).parent / "report/paper.mplstyle"
-MARKERS = "osD^v"
+ALGORITHMS, MARKERS = ("local", "osgp", "sgp", "ar"), "osD^"
 # cells in a grid
 SHORT = {"ar_sgd": "AR", "ar_adam": "AR", "slowmo_local_sgd": "L", "slowmo_local_adam": "L", "slowmo_sgp": "S", "slowmo_osgp": "O"}
 
@@ -58,9 +58,9 @@ def measure(data: str):
     return NLL[True][1] if data in TEXT else ACCURACY
 
 
-def styled(cell: str, data: str) -> dict:
-    bases = [name for name in table1(data) if not name.startswith("slowmo_")]
-    k = bases.index(cell.removeprefix("slowmo_"))
+def styled(cell: str) -> dict:
+    """One colour and marker for an algorithm, in every figure."""
+    k = ALGORITHMS.index(cell.removeprefix("slowmo_").partition("_")[0])
     slow = cell.startswith("slowmo_")
     return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "", "label": LABELS[cell]}
 
@@ -85,7 +85,7 @@ def fig2(data: str, runs: Runs, curves: Curves):
             found = curves.of(f"{data}_{cell}")
             if found.empty:
                 continue
-            style = styled(cell, data)
+            style = styled(cell)
             axis.plot(found["epoch"], found[name], **style | {"label": f"{style['label']} (n = {found['seeds'].max()})"})
             if cell == every:
                 continue
@@ -114,7 +114,7 @@ def teaser(runs: Runs, curves: Curves):
         return None
     figure, axis = plt.subplots(figsize=(5.2, 2.9))
     for cell, found in lines.items():
-        by, style = found.groupby("epoch")[name], styled(cell, data)
+        by, style = found.groupby("epoch")[name], styled(cell)
         mean, half = by.mean(), by.apply(interval)
         axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
         axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
@@ -133,7 +133,7 @@ def wallclock(data: str, runs: Runs, curves: Curves):
             continue
         seconds, how = clock(data, cell, found)
         drawn.add(how)
-        style = styled(cell, data)
+        style = styled(cell)
         label = f"{style['label']} (n = {found['seeds'].max()})"
         axis.plot(seconds, found[metric.name.removesuffix("_best")], **style | {"label": label})
     if not drawn:
@@ -164,13 +164,13 @@ def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
         return None
     figure, axis = plt.subplots()
     x, y, half, n = zip(*points)
-    style = styled("slowmo_sgp", data)
+    style = styled("slowmo_sgp")
     label = f"SGP + SlowMo (n = {min(n)}" + f" to {max(n)}" * (max(n) > min(n)) + ")"
     axis.errorbar(x, y, yerr=half, capsize=3, **style | {"label": label})
     for cell in ("sgp", table1(data)[-1]):
         level = runs.values(f"{data}_{cell}", metric.name)
         if len(level):
-            style = styled(cell, data)
+            style = styled(cell)
             axis.axhline(level.mean(), color=style["color"], linestyle="--", label=f"{style['label']} (n = {len(level)})")
     if log:
         axis.set_xscale("log", base=2)

@@ -5,6 +5,7 @@ Every number's title says which runs it is of.
 
 import html
 import json
+import re
 from pathlib import Path
 
 from results import claims, cost_model, figures, tables, timing
@@ -67,7 +68,7 @@ def section(table, found) -> str:
         if of_row["address"]:
             addresses[of_row["row"]] = of_row["address"]
         title = html.escape(of_row["address"] or f"no run yet: {of_row['command']}", quote=True)
-        numbers = "".join(f'<td title="{title}">{_code(value)}</td>' for value in row[1:])
+        numbers = "".join(f'<td title="{title}">{_text(value)}</td>' for value in row[1:])
         body.append(f"<tr><th>{html.escape(row[0])}</th>{numbers}</tr>")
     where = "".join(f"<li>{html.escape(name)}: {html.escape(address)}</li>" for name, address in addresses.items())
     where = f"<details><summary>where these numbers come from</summary><ul>{where}</ul></details>" if where else ""
@@ -83,16 +84,17 @@ def marked(text: str) -> str:
     out = []
     for block in text.strip().split("\n\n"):
         lines = [line.split("|")[1:-1] for line in block.splitlines()] if block.startswith("|") else []
-        rows = ["".join(f"<{tag}>{html.escape(word.strip())}</{tag}>" for word in line)
+        rows = ["".join(f"<{tag}>{_text(word.strip())}</{tag}>" for word in line)
                 for line, tag in zip(lines[:1] + lines[2:], ["th", *["td"] * len(lines)])]  # fmt: skip
         out.append(
-            f"<div class=wide><table><tr>{'</tr><tr>'.join(rows)}</tr></table></div>" if rows else f"<p class=rule>{html.escape(block)}</p>"
+            f"<div class=wide><table><tr>{'</tr><tr>'.join(rows)}</tr></table></div>" if rows else f"<p class=rule>{_text(block)}</p>"
         )
     return "".join(out)
 
 
-def _code(text: str) -> str:
-    return f"<code>{html.escape(text[1:-1])}</code>" if text.startswith("`") else html.escape(text)
+def _text(text: str) -> str:
+    """Markdown's words, of which `these` are code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def verdicts(judged) -> str:
@@ -116,7 +118,7 @@ def plots(runs: Runs, curves) -> str:
             found = curves.of(f"{data}_{cell}")
             if found.empty:
                 continue
-            style = figures.styled(cell, data)
+            style = figures.styled(cell)
             times, how = figures.clock(data, cell, found)
             series = {"epochs": found["epoch"].round(4).tolist(), how: [round(float(s), 2) for s in times]}
             for name in MEASURES:

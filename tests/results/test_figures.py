@@ -96,12 +96,19 @@ def test_measured_seconds_of_a_cluster(tmp_path):
 def test_base_and_slowmo_differ_without_colour():
     for data in tables.TITLES:
         cells = tables.table1(data)
-        styles = {cell: figures.styled(cell, data) for cell in cells}
+        styles = {cell: figures.styled(cell) for cell in cells}
         looks = [(style["linestyle"], style["marker"]) for cell, style in styles.items() if cell.startswith("slowmo_")]
         assert len(set(looks)) == len(looks)
         for cell in (cell for cell in cells if cell.startswith("slowmo_")):
             base = styles[cell.removeprefix("slowmo_")]
             assert base["color"] == styles[cell]["color"] and base["linestyle"] != styles[cell]["linestyle"]
+
+
+def test_an_algorithm_looks_the_same_in_every_figure():
+    looks = [{cell.split("_")[-2 if cell.endswith(("_sgd", "_adam")) else -1]: figures.styled(cell)["color"] for cell in tables.table1(data)
+              if not cell.startswith("slowmo_")} for data in tables.TITLES]  # fmt: skip
+    merged = {name: color for look in looks for name, color in look.items()}
+    assert all(look.items() <= merged.items() for look in looks) and len(set(merged.values())) == len(merged) == 4
 
 
 def test_the_colours_differ_in_grey():
