@@ -17,6 +17,7 @@ the average is the same.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -237,7 +238,7 @@ class SGP(LocalSGD):
         # weights that are plain numbers: all workers receive what they give, and w is 1 between steps
         self.regular = not any(isinstance(weight, tuple) for step in range(graph.cycle) for weight in graph(step).values())
         self._inboxes: dict[tuple[Segment, str, int], torch.Tensor] = {}
-        self._arrivals: dict[tuple[Segment, str], Callable[[], list[torch.Tensor]]] = {}
+        self._arrivals: dict[Segment, dict[str, Callable[[], list[torch.Tensor]]]] = defaultdict(dict)
         self._weights: Sequence[float | torch.Tensor] = []
         self._next_w = self.w
 
@@ -271,16 +272,16 @@ class SGP(LocalSGD):
         super()._advance(bucket)
         for segment in bucket.segments:
             if not self._average:
-                self._arrivals[segment, "z"] = self._send(segment, "z", segment.x)
+                self._arrivals[segment]["z"] = self._send(segment, "z", segment.x)
             if self.gossip_buffers and self._average in (None, "maintain"):
                 for name, block in self.inner.blocks(segment).items():
-                    self._arrivals[segment, name] = self._send(segment, name, block)
+                    self._arrivals[segment][name] = self._send(segment, name, block)
 
     def _landed(self) -> Iterable[Segment]:
         for segment in self.replicas.segments:
-            for name in [name for other, name in self._arrivals if other is segment]:
+            for name, arrive in self._arrivals.pop(segment, {}).items():
                 block = segment.x if name == "z" else self.inner.blocks(segment)[name]
-                arrivals = self._arrivals.pop((segment, name))()
+                arrivals = arrive()
                 block.mul_(self._weights[0])
                 for weight, arrival in zip(self._weights[1:], arrivals):
                     _add(block, weight, arrival)
@@ -360,13 +361,15 @@ class OSGP(SGP):
     def _begin(self) -> None:
         super()._begin()
         if not self._average:
-            self._arrivals = {(segment, "x"): self._send(segment, "x", segment.x) for segment in self.replicas.segments}
+            for segment in self.replicas.segments:
+                self._arrivals[segment]["x"] = self._send(segment, "x", segment.x)
 
     def drop(self) -> None:
         super().drop()
-        for arrive in self._arrivals.values():
-            arrive()
-        self._arrivals = {}
+        for messages in self._arrivals.values():
+            for arrive in messages.values():
+                arrive()
+        self._arrivals.clear()
 
     def _early(self) -> bool:
         return self._average is not None  # else a bucket waits for its message, which has until `step`
@@ -377,7 +380,7 @@ class OSGP(SGP):
         changes: list[torch.Tensor | None] = []
         w = self._next_w
         for segment in bucket.segments:
-            arrivals = self._arrivals.pop((segment, "x"))()
+            arrivals = self._arrivals.pop(segment)["x"]()
             # rows + change = (Px) / w before γd is taken off; kept in the message, so that it takes no memory of its own
             change = arrivals[0].mul_(self._weights[1]) if arrivals else None if self.regular else torch.zeros_like(segment.x)
             if change is not None:
