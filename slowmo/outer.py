@@ -74,10 +74,6 @@ class Average:
         self.base.rebase()
         self.slow = {}
 
-    def blank(self) -> Kept:
-        """As `rebase`, with zeros: what a loaded state is written into."""
-        return {}
-
     def _slow_step(self, segment: Segment, lr: float) -> None:
         self.base.restart(segment, self.base.averaged(segment), self.buffers)
 
@@ -116,6 +112,7 @@ class SlowMo(Average):
         self.slow = {segment: (x, torch.zeros_like(x)) for segment, x in zip(self.replicas.segments, x0)}
 
     def blank(self) -> Kept:
+        """As `rebase`, with zeros: what a loaded state is written into."""
         rows = 1 if self.exact else len(self.replicas.models)
         zeros = lambda segment: torch.zeros(rows, segment.x.shape[1], dtype=segment.x.dtype, device=segment.x.device)
         self.slow = {segment: (zeros(segment), zeros(segment)) for segment in self.replicas.segments}

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from slowmo.base import LocalSGD
 from slowmo.inner import WholeOptimizer
-from slowmo.outer import Algorithm
+from slowmo.outer import Algorithm, SlowMo
 
 
 def state_dict(algorithm: Algorithm) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def load_state_dict(algorithm: Algorithm, state: dict[str, Any]) -> None:
     if len(state["groups"]) != len(base.optimizer.param_groups):
         raise ValueError(f"the state has {len(state['groups'])} parameter groups, the optimizer {len(base.optimizer.param_groups)}")
     x = [segment.x.detach() for segment in replicas.segments]
-    blank = {} if isinstance(algorithm, LocalSGD) else algorithm.blank()
+    blank = algorithm.blank() if isinstance(algorithm, SlowMo) and slow_names else {}
     slow = [[values[k] for values in blank.values()] for k in range(len(slow_names))]
     for row in rows:
         worker = state["workers"][row]
