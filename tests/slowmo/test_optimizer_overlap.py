@@ -171,7 +171,7 @@ def four():
         yield pool
 
 
-@settings(TRIES, max_examples=60)
+@settings(TRIES, max_examples=30)
 @given(case=cases(2))
 @example(case=Case("allreduce", tau=3))
 @example(case=Case("sgp", graph="irregular", exact=False))

@@ -30,10 +30,10 @@ OUTERS = {
 }
 
 
-def cases():
-    """Every base with every outer and every optimizer; bucket sizes and numbers of backward passes take turns."""
+def cases(m):
+    """Every base with every outer; bucket sizes and numbers of backward passes take turns, with two workers the optimizers too."""
     for (i, base), (j, outer), (k, optimizer) in itertools.product(*(enumerate(part) for part in (BASES, OUTERS, OPTIMIZERS))):
-        if outer != "streaming" or base == "local_sgd":
+        if (outer != "streaming" or base == "local_sgd") and (m > 2 or k == (i + j) // 3 % 2):
             yield base, outer, optimizer, *((SMALL, 1), (SMALL, 2), (25.0, 1))[(i + j + k) % 3]
 
 
@@ -56,7 +56,7 @@ def trained(cluster, base, outer, optimizer, size, accumulate, overlap):
 def compared(m):
     """On each rank: the workers here, and of each case (the bits are the same, rows, buckets advanced in backward, buckets)."""
     cluster, results = Cluster(m), {}
-    for case in cases():
+    for case in cases(m):
         (late, none, _), (early, some, buckets) = (trained(cluster, *case, overlap) for overlap in (False, True))
         same = len(late) == len(early) and all(torch.equal(a, b) for a, b in zip(late, early))
         results[case] = same, early[0], sum(none), some, buckets
@@ -65,7 +65,7 @@ def compared(m):
 
 def alone(m):
     cluster = Cluster(m)
-    return {case: trained(cluster, *case, False)[0][0] for case in cases() if case[3] == SMALL}
+    return {case: trained(cluster, *case, False)[0][0] for case in cases(m) if case[3] == SMALL}
 
 
 @pytest.mark.parametrize("processes, m", [(2, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2, 4), (4, 2)))])
