@@ -204,10 +204,13 @@ from slowmo.vectorize import VmapReplicas
 torch.set_num_threads(1)
 at_once = VmapReplicas(slowmo.Replicas(ResNet([1, 1, 1, 0], 16), slowmo.Cluster(32)))
 batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,)))] * 32
-for _ in range(5):
+faults = []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     at_once(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batches)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[4:]))
 """
     pages = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert pages < 200  # 800 and more where they are given back
+    # 800 and more, each time, where they are given back; a busy machine may take pages away at one time
+    assert pages < 200
