@@ -19,7 +19,7 @@ import pandas as pd
 
 from benchmarks import ranks
 from benchmarks.table2 import machine
-from experiments.runner.recorder import commit
+from experiments.files import commit
 from results.cost_model import number
 from results.store import MINE, read, write
 

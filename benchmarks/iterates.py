@@ -17,10 +17,10 @@ from torch.nn import functional as F
 import slowmo
 from experiments.tasks.quadratic import Quadratic
 from slowmo import outer
+from slowmo.optimizer import BASES
 from slowmo.train import TrainingMeter, train
 
 TAU, BETA, LR, DECAY, MOMENTUM = 3, 0.7, 0.1, 1e-4, 0.9
-BASES = {"allreduce": slowmo.AllReduce, "local_sgd": slowmo.LocalSGD, "sgp": slowmo.SGP, "osgp": slowmo.OSGP, "dpsgd": slowmo.DPSGD}
 OUTERS = {
     "none": None,
     **{f"average, {kind}": functools.partial(outer.Average, buffers=kind) for kind in ("reset", "maintain", "average")},

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import ranks, single_process
 from benchmarks.table2 import machine
-from experiments.runner.recorder import commit
+from experiments.files import commit
 from results.store import MINE, write
 from results.timing import exponents
 

@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import slowmo
 from benchmarks import iteration, ranks
+from experiments.files import commit
 from experiments.runner import build
-from experiments.runner.recorder import commit
 from results import cost_model, straggling, timing
 from results.store import COLUMNS, NETWORK, read, write
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from results import inference
+from results import inference, timing
 from results.store import COLUMNS as LISTS
 from results.store import NETWORK, Runs, Store
 from results.tables import (
@@ -174,7 +174,7 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
     """What was measured over links between equal hosts decides on cost: changes of an iteration in per cent, paired by round, rows that are
     sent during backward with each other, rows that are sent after it too. lines: of data/links.csv."""
     judged = []
-    for network, part in lines[(lines["straggler"] == 1) & (lines["jitter"] == 0)].groupby(NETWORK, sort=False):
+    for network, part in lines[timing.equal(lines)].groupby(NETWORK, sort=False):
         where = f"{network[0]} on {'links' if network[1] == 'emulated' else network[1]}"
         times = part.pivot(index="round", columns="row", values="milliseconds")
         slow = [row for row in times if row.startswith("slowmo_") and "," not in row]  # with the paper's τ

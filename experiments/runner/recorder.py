@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from experiments import files
-from experiments.files import commit
 from experiments.runner.build import arithmetic_now
 from experiments.runner.run_dir import saved_models
 from slowmo.checkpoint import everywhere
@@ -30,7 +29,7 @@ class RunRecorder:
         self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
         self.digests, self.lost = {}, []  # of models/ and final.npz; models of the last `evaluate.keep` that are gone
         self.before = []  # the models of the checkpoint before: one may have to go back to it
-        self.commit = commit()  # of the code that runs, whatever is checked out by the end
+        self.commit = files.commit()  # of the code that runs, whatever is checked out by the end
 
     def state(self) -> dict:
         """What a checkpoint keeps of the record."""
