@@ -8,6 +8,11 @@ from results.store import PUBLISHED, Runs
 from results.tables import CONFIGS, SMALL, TITLES, cells, layout
 
 ROOT = PUBLISHED.folder.parent
+WORDS = {
+    "fig2": "{title}: validation against epochs, each base with and without SlowMo",
+    "loss": "{title}: training loss against epochs, each base with and without SlowMo",
+    "forest": "What SlowMo changes on each stand-in, with its interval, beside the paper's change",
+}
 MARK = ": python -m results docs -->"
 
 
@@ -34,13 +39,15 @@ def _made(page: Path, name: str, runs: Runs) -> str:
     key, _, data = name.partition(" ")
     if name == "claims":
         return claims.markdown(claims.stored(runs))
+    if name == "matrix":
+        return claims.matrix(claims.stored(runs))
     if name == "benchmarks":
         return timing.benchmarks(PUBLISHED)
     if name == "status":
         return status(runs)
-    if key == "fig2" and data in TITLES:
-        picture = PUBLISHED.folder / f"figures/fig2_{data}.png"
-        words = f"{TITLES[data]}: validation against epochs, each base with and without SlowMo"
+    if name == "forest" or key in ("fig2", "loss") and data in TITLES:
+        picture = PUBLISHED.folder / f"figures/{'_'.join(name.split())}.png"
+        words = WORDS[key].format(title=TITLES.get(data))
         return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
     if name == "runtime straggling":
         return timing.straggling_hosts(PUBLISHED.find("links"))

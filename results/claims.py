@@ -5,6 +5,7 @@ contradicted when one is.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import subprocess
@@ -219,6 +220,20 @@ def markdown(judged: pd.DataFrame) -> str:
             text += [f"| {line.claim} | `{line.data}` | {line.kind} | {line.verdict} | {line.evidence} |" for line in part.itertuples()]
             text += [""]
     return "\n".join([*text, *([rest, ""] if rest else [])])
+
+
+def matrix(judged: pd.DataFrame) -> str:
+    """The paper's claims against the stand-ins that have runs: a verdict each, primary ones in bold."""
+    judged = judged[judged["kind"].isin((PRIMARY, SECONDARY))]
+    run = judged[judged["verdict"] != NOT_RUN]
+    columns = [data for data in SMALL if data in set(run["data"])]
+    rows = {}  # translation's words for the same claims
+    for line in run.itertuples():
+        text = functools.reduce(lambda text, pair: text.replace(*pair), (("Adam", "SGD"), ("BLEU", "accuracy")), line.claim)
+        rows.setdefault(text, {})[line.data] = f"**{line.verdict}**" if line.kind == PRIMARY else line.verdict
+    lines = [["claim", *(f"`{data}`" for data in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[text, *(found.get(data, "") for data in columns)] for text, found in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def claims(data: str):

@@ -16,7 +16,23 @@ from matplotlib.colors import to_rgb
 
 from results import cost_model, timing
 from results.store import Curves, Runs, Store
-from results.tables import ACCURACY, LABELS, LAST, NLL, SMALL, TEXT, TITLES, interval, sweep, table1
+from results.tables import (
+    ACCURACY,
+    BLEU_TEST,
+    LABELS,
+    LAST,
+    LOSS_LAST,
+    LOSS_TIERS,
+    NLL,
+    SMALL,
+    TEXT,
+    TITLES,
+    cells,
+    interval,
+    layout,
+    sweep,
+    table1,
+)
 
 STYLE = Path(__file__).parent / "report/paper.mplstyle"
 ALGORITHMS, MARKERS = ("local", "osgp", "sgp", "ar"), "osD^"
@@ -36,9 +52,10 @@ def main(store: Store) -> None:
                     continue
                 save(figure, out, f"{name}_{data}")
                 made.append(f"{name}_{data}")
-        if first := teaser(runs, curves):
-            save(first, out, "teaser")
-            made.append("teaser")
+        for name, figure in (("teaser", teaser(runs, curves)), ("forest", forest(runs))):
+            if figure is not None:
+                save(figure, out, name)
+                made.append(name)
     print(f"wrote {out}: {', '.join(made) or 'nothing, no runs'}")
 
 
@@ -71,9 +88,21 @@ def worded(metric) -> str:
 
 
 def fig2(data: str, runs: Runs, curves: Curves):
-    """Validation against epochs, each base with and without SlowMo, AllReduce beside it; the band is over the workers' own models."""
+    """Validation against epochs."""
     metric = measure(data)
-    name, every = metric.name.removesuffix("_best"), table1(data)[-1]
+    return paired(data, curves, metric.name.removesuffix("_best"), worded(metric), "lower right" if metric.more else "upper right")
+
+
+def loss(data: str, runs: Runs, curves: Curves):
+    """Training loss against epochs, the other half of the paper's Table 1."""
+    log = data in LOSS_TIERS  # it falls by orders of magnitude
+    return paired(data, curves, "train_loss", "training loss", "lower left" if log else "upper right", log)
+
+
+def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: bool = False):
+    """A column of curves.csv against epochs, each base with and without SlowMo, AllReduce beside it; the band is over the workers' own
+    models."""
+    every = table1(data)[-1]
     pairs = [(base, f"slowmo_{base}") for base in table1(data) if f"slowmo_{base}" in table1(data)]
     pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
     if not pairs:
@@ -87,7 +116,7 @@ def fig2(data: str, runs: Runs, curves: Curves):
                 continue
             style = styled(cell)
             axis.plot(found["epoch"], found[name], **style | {"label": f"{style['label']} (n = {found['seeds'].max()})"})
-            if cell == every:
+            if cell == every or f"{name}_worker_min" not in found:
                 continue
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
             banded |= found[f"{name}_worker_min"].notna().any()
@@ -95,10 +124,41 @@ def fig2(data: str, runs: Runs, curves: Curves):
                 found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band
             )
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
-        axis.legend(loc="lower right" if metric.more else "upper right")
-    axes[0][0].set_ylabel(worded(metric))
+        axis.legend(loc=corner)
+    if log:
+        axes[0][0].set_yscale("log")
+    axes[0][0].set_ylabel(words)
     what = "band: least and largest of the workers' own models just before the average, mean over seeds" if banded else ""
     return titled(figure, data, what)
+
+
+def forest(runs: Runs):
+    """What SlowMo changes on each stand-in, with its interval, and hollow the paper's change on the data that it stands for."""
+    asked = ([LOSS_LAST.name], "training loss with SlowMo over without", np.exp), ([LAST.name, BLEU_TEST.name], None, lambda value: value)
+    made = [cells(table, runs) for data in SMALL for table in layout(data) if table.key == "table1"]
+    made = [found[found["against"].astype(bool) & found["half"].notna()] for found in made]
+    made = [found for found in made if len(found)]
+    if not made:
+        return None
+    heights = [found["run"].nunique() for found in made]
+    figure, axes = plt.subplots(len(made), 2, figsize=(7.2, 0.32 * sum(heights) + 0.9 * len(made) + 0.4), sharey="row", squeeze=False,
+                                gridspec_kw={"height_ratios": heights})  # fmt: skip
+    for found, line in zip(made, axes):
+        data, rows = found["data"].iloc[0], list(dict.fromkeys(found["run"]))
+        for axis, (metrics, words, shown) in zip(line, asked):
+            for cell in found[found["metric"].isin(metrics)].itertuples():
+                y, style = rows.index(cell.run), styled(cell.run.removeprefix(f"{data}_"))
+                axis.plot(shown(np.array([cell.change - cell.half, cell.change + cell.half])), [y, y], color=style["color"])
+                axis.plot(shown(cell.change), y, style["marker"], color=style["color"])
+                axis.plot(shown(cell.paper_change), y, style["marker"], color=style["color"], markerfacecolor="white")
+            axis.axvline(shown(0.0), color="black", linewidth=0.8)
+            axis.set_xlabel(words or ("BLEU" if data in TEXT else "points of accuracy") + " gained")
+        counts = [found[found["run"] == run]["n"].max() for run in rows]
+        line[0].set_yticks(range(len(rows)), [f"{LABELS[run.removeprefix(f'{data}_')]} (n = {n})" for run, n in zip(rows, counts)])
+        line[0].set_ylim(len(rows) - 0.5, -0.5)
+        line[0].set_title(TITLES[data], loc="left", fontsize=8)
+    figure.suptitle("what SlowMo changes: full, here, with the 95% interval; hollow, in the paper, on its own data", fontsize=8)
+    return figure
 
 
 def teaser(runs: Runs, curves: Curves):
@@ -204,11 +264,11 @@ def clusters(out: Path, nodes=cost_model.NODES, rates=cost_model.RATES) -> None:
             figure, axes = plt.subplots(2, len(kinds), sharex=True, sharey=True, figsize=(2.4 * len(kinds) + 0.4, 4.6), squeeze=False)
             for line, overlap in zip(axes, (True, False)):
                 found = cost_model.elsewhere(data, nodes, rates, overlap)
-                cells = list(dict.fromkeys(found["cell"]))
+                order = list(dict.fromkeys(found["cell"]))
                 for axis, (machine, width) in zip(line, kinds):
                     own = found[(found["machine"] == machine) & (found["width"] == width)]
                     best = [[timing.least(own[(own["rate"] == rate) & (own["nodes"] == m)]) for m in nodes] for rate in rates]
-                    colours = np.array([[to_rgb(f"C{cells.index(cell)}") for cell, _ in row] for row in best])
+                    colours = np.array([[to_rgb(f"C{order.index(cell)}") for cell, _ in row] for row in best])
                     axis.imshow(0.45 + 0.55 * colours, origin="lower", aspect="auto")  # light, so that numbers can be read
                     for y, row in enumerate(best):
                         for x, (cell, ratio) in enumerate(row):
@@ -250,4 +310,4 @@ def titled(figure, data: str, note: str):
     return figure
 
 
-KINDS = {"fig2": fig2, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}
+KINDS = {"fig2": fig2, "loss": loss, "wallclock": wallclock, "fig3": tau, "alpha": alpha, "beta": beta}

@@ -282,7 +282,9 @@ def format_cells(table: Table, found: pd.DataFrame) -> pd.DataFrame:
     for metric in table.metrics:
         first = metric is table.metrics[0]
         part = found[found["metric"] == metric.name].to_dict("records")
-        number = lambda value, digits=metric.digits: "" if pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
+        # three digits would leave one; but the paper has three
+        more = table.data in LOSS_TIERS and metric.name.startswith("train_loss") and any(cell["mean"] < 0.01 for cell in part)
+        number = lambda value, digits=metric.digits + more: "" if pd.isna(value) else f"{value:.{digits}f}".replace("-", "−")
         measured = lambda mean, std, n: number(mean) + (f" ± {number(std)}" if n > 1 else "") + f" ({n})" if n else "–"
         # a mean over the seeds that survived would flatter
         text = [f"diverged: {cell['diverged']} of {cell['n'] + cell['diverged']}" if cell["diverged"]

@@ -56,3 +56,34 @@ def test_status_counts_runs_on_the_papers_own_data(tmp_path):
     assert wmt16[4] == "`wmt16_small_*`: not run |"
     own = store.Runs(written(tmp_path, lines("cifar10_sgp", [93.0, 94.0])))
     assert [line.split(" | ")[3] for line in blocks.status(own).splitlines()[2:]] == ["2 runs", "no", "no"]
+
+
+def test_the_matrix_has_a_verdict_for_each_stand_in_with_runs(tmp_path):
+    """Translation's claims stand in the line of the same claim on pictures; what was not run has no column."""
+    cells = [
+        lines(f"cifar10_small_{cell}", [60.0 + k + seed / 100 for seed in range(5)])
+        for k, cell in enumerate(("local_sgd", "slowmo_local_sgd"))
+    ]
+    cells += [
+        lines(f"wmt16_small_{cell}", [20.0 + seed / 100 for seed in range(2)], "bleu_test") for cell in ("local_adam", "slowmo_local_adam")
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- matrix: python -m results docs -->\n<!-- end -->\n")
+    head, _, *rows = blocks.filled(page, store.Runs(written(tmp_path, *cells))).splitlines()[1:-1]
+    assert head == "| claim | `cifar10_small` | `wmt16_small` |"
+    assert "| SlowMo raises the accuracy of Local SGD | **supported** | **undecided** |" in rows
+
+
+def test_a_picture_that_is_not_drawn_is_said(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- forest: python -m results docs -->\n<!-- end -->\n<!-- loss cifar10_small: python -m results docs -->\n<!-- end -->\n"
+    )
+    runs = store.Runs(written(tmp_path, lines("cifar10_small_sgp", [60.0])))
+    monkeypatch.setattr(blocks, "PUBLISHED", store.Store(tmp_path / "results"))
+    assert blocks.filled(page, runs).count("No figure yet") == 2
+    for name in ("forest", "loss_cifar10_small"):
+        (tmp_path / f"results/figures/{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"results/figures/{name}.png").touch()
+    text = blocks.filled(page, runs)
+    assert "](results/figures/forest.png)" in text and "](results/figures/loss_cifar10_small.png)" in text and "training loss" in text

@@ -21,9 +21,11 @@ def path(tmp_path):
 def test_what_there_are_runs_for(path, tmp_path, capsys):
     figures.main(path)
     made = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert made == {f"{name}_cifar10_small.{kind}" for name in ("fig2", "wallclock", "fig3") for kind in ("pdf", "png")} | {
+    assert made == {f"{name}_cifar10_small.{kind}" for name in ("fig2", "loss", "wallclock", "fig3") for kind in ("pdf", "png")} | {
         "teaser.pdf",
         "teaser.png",
+        "forest.pdf",
+        "forest.png",
     }  # no sweep of α and β
     assert "fig3_cifar10_small" in capsys.readouterr().out
 
@@ -127,3 +129,30 @@ def test_no_curves_names_the_remedy(tmp_path):
     (tmp_path / "data/curves.csv").write_text("a\n1\n")
     with pytest.raises(ValueError, match="other columns"):
         figures.main(path)
+
+
+def test_the_forest_has_the_papers_change_beside_ours(path):
+    figure = figures.forest(store.Runs(path))
+    (accuracy,) = (axis for axis in figure.axes if axis.get_xlabel() == "points of accuracy gained")
+    points = [line.get_xdata()[0] for line in accuracy.lines if line.get_marker() not in ("None", "")]
+    ours, papers = points[::2], points[1::2]
+    assert ours == pytest.approx([1.0, 1.0, 1.0])  # a cell after its base in VISION
+    assert papers == pytest.approx([93.20 - 91.73, 93.74 - 93.17, 94.32 - 93.90])
+    plt.close(figure)
+
+
+def test_no_forest_of_single_seeds(tmp_path):
+    cells = [lines(f"cifar10_small_{cell}", [60.0]) for cell in VISION]
+    assert figures.forest(store.Runs(written(tmp_path, *cells))) is None
+
+
+@pytest.mark.parametrize("data, scale", [("cifar10_small_loss", "log"), ("cifar10_small", "linear")])
+def test_training_losses_against_epochs(data, scale, tmp_path):
+    curves = [curve(f"{data}_{cell}", 1) for cell in ("sgp", "slowmo_sgp")]
+    figure = figures.loss(
+        data, *loaded(written(tmp_path, *(lines(f"{data}_{cell}", [60.0]) for cell in ("sgp", "slowmo_sgp")), curves=curves))
+    )
+    (axis,) = figure.axes
+    assert axis.get_yscale() == scale and axis.get_ylabel() == "training loss"
+    assert axis.lines[0].get_ydata() == pytest.approx(curves[0]["train_loss"])
+    plt.close(figure)
