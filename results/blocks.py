@@ -43,6 +43,8 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return claims.matrix(claims.stored(runs))
     if name == "benchmarks":
         return timing.benchmarks(PUBLISHED)
+    if name == "gpu":
+        return timing.gpu(PUBLISHED)
     if name == "status":
         return status(runs)
     if name == "forest" or key in ("fig2", "loss") and data in TITLES:
@@ -51,8 +53,9 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
     if name == "runtime straggling":
         return timing.straggling_hosts(PUBLISHED.find("links"))
-    if key == "runtime" and data in cost_model.TASKS:
-        return "\n".join((timing.against_paper(data), timing.on_links(data, PUBLISHED.find("links")), ""))
+    if key == "runtime" and data in TITLES:
+        modelled = [timing.against_paper(data)] if data in cost_model.TASKS else []
+        return "\n".join((*modelled, timing.on_links(data, PUBLISHED.find("links")), ""))
     chosen = [table for table in layout(data) if table.key == key] if data in TITLES else []
     if not chosen:
         raise ValueError(f"{page} asks for a table {name} that there is not")

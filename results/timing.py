@@ -171,7 +171,10 @@ def straggling_hosts(lines: pd.DataFrame) -> str:
 
 def made(lines: pd.DataFrame) -> str:
     """Where numbers come from."""
-    places = {machine: sorted({str(commit)[:10] for commit in part["commit"]}) for machine, part in lines.groupby("machine")}
+    places = {
+        machine: sorted({str(commit)[:10] + "+" * str(commit).endswith("+") for commit in part["commit"]})
+        for machine, part in lines.groupby("machine")
+    }
     return "; ".join(f"{machine}; commit {', '.join(commits)}" for machine, commits in places.items()) + "."
 
 
@@ -274,6 +277,19 @@ def benchmarks(store: Store) -> str:
         ratio = f"{line.ratio:.3f}" + f" ({line.low:.3f} to {line.high:.3f})" * (line.rounds > 1) + " (!)" * (line.ratio > line.aim)
         out.append(f"| {line.what} | {line.against} | {line.where} | ≤ {line.aim:g} | {ratio} |")
     return "\n".join(out) + f"\n\n(!): aim missed. {MISSED} {made(lines)}\n"
+
+
+def gpu(store: Store) -> str:
+    """What `python -m benchmarks.gpu` found, as a table; in bold that there is none."""
+    if not store.has("gpu"):
+        return "**Never run on a GPU**, nor were the options that it measures: `python -m benchmarks.gpu --out results/data/gpu.csv`.\n"
+    out = ["| part | what | found | over the plain model | memory over the rows |", "|---|---|---|---|---|"]
+    lines = store.read("gpu")
+    for line in lines.itertuples():
+        found = line.error if isinstance(line.error, str) else f"{line.value:,.6g} {line.unit}"
+        ratio, memory = ("" if math.isnan(value) else f"{value:.3f}" for value in (line.ratio, line.memory))
+        out.append(f"| {line.part} | {line.what} | {found} | {ratio} | {memory} |")
+    return "\n".join(out) + f"\n\n{made(lines)}\n"
 
 
 def exponents(lines: pd.DataFrame) -> str:

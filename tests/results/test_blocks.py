@@ -1,9 +1,10 @@
 """Blocks of README.md and docs/ are made of runs; what stands around them stays."""
 
+import pandas as pd
 import pytest
 from listed import lines, written
 
-from results import blocks, store
+from results import blocks, store, timing
 
 
 def test_a_block_is_made_anew(tmp_path):
@@ -87,3 +88,27 @@ def test_a_picture_that_is_not_drawn_is_said(tmp_path, monkeypatch):
         (tmp_path / f"results/figures/{name}.png").touch()
     text = blocks.filled(page, runs)
     assert "](results/figures/forest.png)" in text and "](results/figures/loss_cifar10_small.png)" in text and "training loss" in text
+
+
+def test_what_a_gpu_found_is_a_table_and_what_failed_stands_in_it(tmp_path):
+    found = store.Store(tmp_path)
+    assert timing.gpu(found).startswith("**Never run on a GPU**")
+    about = {"commit": "0123456789ab", "machine": "a GPU"}
+    rows = [
+        {"part": "resnet18", "what": "one plain model", "m": 1, "batch": 4096, "value": 23000.0, "unit": "pictures/s"},
+        {
+            "part": "resnet18",
+            "what": "graphs",
+            "m": 32,
+            "batch": 4096,
+            "value": 21000.0,
+            "unit": "pictures/s",
+            "ratio": 0.913,
+            "memory": 1.5,
+        },
+        {"part": "resnet18", "what": "vmap", "m": 32, "batch": 4096, "error": "out of memory"},
+    ]
+    found.write("gpu", pd.DataFrame([row | about for row in rows], columns=store.COLUMNS["gpu"]))
+    text = timing.gpu(found)
+    assert "| one plain model | 23,000 pictures/s |  |  |" in text and "| graphs | 21,000 pictures/s | 0.913 | 1.500 |" in text
+    assert "| vmap | out of memory |  |  |" in text and "a GPU; commit 0123456789" in text
