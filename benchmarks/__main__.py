@@ -1,4 +1,4 @@
-"""Our iterations against limits and peers: one table of ratios, results/mine/benchmarks/cpu.csv.
+"""Our iterations against limits and peers: one table of ratios, results/mine/data/benchmarks.csv.
 
     python -m benchmarks [--only WORDS] [--rounds 6] [--hosts 8] [--out results/data/benchmarks.csv, which is published]
 

@@ -149,13 +149,13 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
     cluster = slowmo.Cluster(given.hosts, timeout=given.timeout)
     first = next(iter(experiments.values()))
     rows = {"compute": prepared(given, first, cluster, alone=True)}
-    rows |= {row: prepared(given, cfg, cluster, overlap="_after" not in row) for row, cfg in experiments.items()}
+    rows |= {row: prepared(given, cfg, cluster, overlap=cost_model.way(row)[1]) for row, cfg in experiments.items()}
     times, begun = {row: [] for row in rows}, time.monotonic()
     for round_ in range(given.rounds):
         slow = straggling.slowness(given.hosts, given.warmup + given.iterations, given.straggler, given.jitter, round_)
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
             # an AllReduce whose step has begun averages during backward
-            early = not (row.startswith("ar_") and "_after" in row)
+            early = not (row.startswith("ar_") and not cost_model.way(row)[1])
             mine = timed(algorithm, compute, cluster, slow[:, cluster.rank // given.node], given.warmup, early)
             times[row].append(statistics.mean(cluster.all_gather_object(mine)))
             if cluster.is_main:

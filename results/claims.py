@@ -30,6 +30,7 @@ from results.tables import (
     SMALL,
     TEXT,
     TITLES,
+    counted,
     estimate,
     format_estimate,
     run_name,
@@ -128,7 +129,7 @@ class Judgement:
         """With the first so many seeds of each cell. Losses are paired, and training losses compared as ratios; the others are pooled."""
         terms = [(sign, self.cells[run][part.metric].iloc[:seeds]) for sign, run in part.terms]
         done = (runs.values(f"{data}_{cell}", part.metric) for cell in table1(data))
-        return estimate(terms, part.metric, [cell[cell.index > 0].iloc[:seeds] for cell in done])
+        return estimate(terms, part.metric, [counted(cell).iloc[:seeds] for cell in done])
 
     def tests(self, estimates) -> tuple[float, float, float]:
         """p that the claim holds, that it does not, that there is no difference to speak of."""

@@ -245,14 +245,19 @@ def emulated(line: pd.Series) -> tuple[Links, dict[str, float]]:
     return links, {"bucket": emulated_bucket(line["data"], size), "layer": size / LAYERS}
 
 
+def way(row: str) -> tuple[str, bool]:
+    """A measured row's cell, and whether it was sent during backward: `sgp_after,outer.tau=12` is `sgp,outer.tau=12` sent after it."""
+    return row.replace("_after", "", 1), "_after" not in row
+
+
 def model(lines: pd.DataFrame) -> pd.Series:
     """Modelled milliseconds of the rows measured on one network: from their own `compute`, and nothing else that was measured."""
     links, cut = emulated(lines.iloc[0])
     size, compute = float(lines["bytes"].iloc[0]), lines[lines["row"] == "compute"]["milliseconds"].median() / 1000
     found = {"compute": compute}
     for row in lines[lines["row"] != "compute"]["row"].unique():
-        run = f"{lines['data'].iloc[0]}_{row.replace('_after', '')}"
-        found[row] = seconds(run, compute, size, links, overlap="_after" not in row, **cut)
+        cell, overlap = way(row)
+        found[row] = seconds(f"{lines['data'].iloc[0]}_{cell}", compute, size, links, overlap=overlap, **cut)
     return 1000 * pd.Series(found)
 
 

@@ -75,11 +75,12 @@ def measure(data: str):
     return NLL[True][1] if data in TEXT else ACCURACY
 
 
-def styled(cell: str) -> dict:
-    """One colour and marker for an algorithm, in every figure."""
+def styled(cell: str, n=None) -> dict:
+    """One colour and marker for an algorithm, in every figure; its name with `n`, how many seeds."""
     k = ALGORITHMS.index(cell.removeprefix("slowmo_").partition("_")[0])
     slow = cell.startswith("slowmo_")
-    return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "", "label": LABELS[cell]}
+    return {"color": f"C{k}", "linestyle": "-" if slow else "--", "marker": MARKERS[k] if slow else "",
+            "label": LABELS[cell] + (f" (n = {n})" if n else "")}  # fmt: skip
 
 
 def worded(metric) -> str:
@@ -114,8 +115,8 @@ def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: b
             found = curves.of(f"{data}_{cell}")
             if found.empty:
                 continue
-            style = styled(cell)
-            axis.plot(found["epoch"], found[name], **style | {"label": f"{style['label']} (n = {found['seeds'].max()})"})
+            style = styled(cell, found["seeds"].max())
+            axis.plot(found["epoch"], found[name], **style)
             if cell == every or f"{name}_worker_min" not in found:
                 continue
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
@@ -154,7 +155,7 @@ def forest(runs: Runs):
             axis.axvline(shown(0.0), color="black", linewidth=0.8)
             axis.set_xlabel(words or ("BLEU" if data in TEXT else "points of accuracy") + " gained")
         counts = [found[found["run"] == run]["n"].max() for run in rows]
-        line[0].set_yticks(range(len(rows)), [f"{LABELS[run.removeprefix(f'{data}_')]} (n = {n})" for run, n in zip(rows, counts)])
+        line[0].set_yticks(range(len(rows)), [styled(run.removeprefix(f"{data}_"), n)["label"] for run, n in zip(rows, counts)])
         line[0].set_ylim(len(rows) - 0.5, -0.5)
         line[0].set_title(TITLES[data], loc="left", fontsize=8)
     figure.suptitle("what SlowMo changes: full, here, with the 95% interval; hollow, in the paper, on its own data", fontsize=8)
@@ -174,9 +175,9 @@ def teaser(runs: Runs, curves: Curves):
         return None
     figure, axis = plt.subplots(figsize=(5.2, 2.9))
     for cell, found in lines.items():
-        by, style = found.groupby("epoch")[name], styled(cell)
+        by, style = found.groupby("epoch")[name], styled(cell, counts[cell])
         mean, half = by.mean(), by.apply(interval)
-        axis.plot(mean.index, mean, **style | {"label": f"{style['label']} (n = {counts[cell]})"})
+        axis.plot(mean.index, mean, **style)
         axis.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.25 if style["marker"] else 0.12, linewidth=0)
     axis.set(xlabel="epochs", ylabel=worded(metric))
     axis.legend(loc="lower right" if metric.more else "upper right")
@@ -193,9 +194,7 @@ def wallclock(data: str, runs: Runs, curves: Curves):
             continue
         seconds, how = clock(data, cell, found)
         drawn.add(how)
-        style = styled(cell)
-        label = f"{style['label']} (n = {found['seeds'].max()})"
-        axis.plot(seconds, found[metric.name.removesuffix("_best")], **style | {"label": label})
+        axis.plot(seconds, found[metric.name.removesuffix("_best")], **styled(cell, found["seeds"].max()))
     if not drawn:
         plt.close(figure)
         return None
@@ -224,14 +223,13 @@ def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):
         return None
     figure, axis = plt.subplots()
     x, y, half, n = zip(*points)
-    style = styled("slowmo_sgp")
-    label = f"SGP + SlowMo (n = {min(n)}" + f" to {max(n)}" * (max(n) > min(n)) + ")"
-    axis.errorbar(x, y, yerr=half, capsize=3, **style | {"label": label})
+    several = f"{min(n)}" + f" to {max(n)}" * (max(n) > min(n))
+    axis.errorbar(x, y, yerr=half, capsize=3, **styled("slowmo_sgp", several))
     for cell in ("sgp", table1(data)[-1]):
         level = runs.values(f"{data}_{cell}", metric.name)
         if len(level):
-            style = styled(cell)
-            axis.axhline(level.mean(), color=style["color"], linestyle="--", label=f"{style['label']} (n = {len(level)})")
+            style = styled(cell, len(level))
+            axis.axhline(level.mean(), color=style["color"], linestyle="--", label=style["label"])
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(x, [f"{value:g}" for value in x])

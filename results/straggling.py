@@ -66,10 +66,11 @@ def model(lines: pd.DataFrame) -> pd.Series:
     compute = by["compute"] / 1000 / np.mean([slow[warmup:].mean() for slow in drawn])
     found = {"compute": by["compute"]}
     for row in by.index.drop("compute"):
-        run, options = f"{line['data']}_{row.replace('_after', '')}", {"overlap": "_after" not in row, **cut}
+        cell, overlap = cost_model.way(row)
         times = []
         for round_, slow in zip(rounds, drawn):
-            ends = simulate(run, compute, float(line["bytes"]), links, slow, first=round_ * len(slow), **options)
+            first = round_ * len(slow)
+            ends = simulate(f"{line['data']}_{cell}", compute, float(line["bytes"]), links, slow, first=first, overlap=overlap, **cut)
             times.append((ends[-1] - ends[warmup]).mean() / steps)
         found[row] = 1000 * np.mean(times)
     return pd.Series(found)

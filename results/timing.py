@@ -68,7 +68,7 @@ def main(store: Store) -> None:
 
 def label(row: str) -> str:
     """A row's words: `sgp_after` is sent after backward, which a column says; `sgp,outer.tau=12` has another τ."""
-    cell, _, tau = row.replace("_after", "").partition(",outer.tau=")
+    cell, _, tau = cost_model.way(row)[0].partition(",outer.tau=")
     return LABELS[cell] + f", τ = {tau}" * bool(tau)
 
 
@@ -82,7 +82,7 @@ def beside(lines: pd.DataFrame) -> str:
     fastest = "local_adam" if data in TEXT else "osgp"  # of the paper's column
 
     def over(table, row: str, number: float, digits: int) -> str:
-        start = f"{fastest}_after" if "_after" in row and f"{fastest}_after" in table else fastest
+        start = f"{fastest}_after" if not cost_model.way(row)[1] and f"{fastest}_after" in table else fastest
         return f"{number:.{digits}f}" + (f" ({table[row] / table[start]:.2f})" if start in table and row != start else "")
 
     def pair(row: str) -> str:
@@ -97,7 +97,7 @@ def beside(lines: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|",
         f"| compute alone | | {measured['compute']:.1f} | | | |",
     ]
-    for row in dict.fromkeys(row.replace("_after", "") for row in measured.index.drop("compute")):
+    for row in dict.fromkeys(cost_model.way(row)[0] for row in measured.index.drop("compute")):
         cell, comma, tau = row.partition(",")
         paper = over(known, row, 1000 * known[row], 0) if row in known else ""
         out.append(f"| {label(row)} | {paper} | {pair(row)} | {pair(f'{cell}_after{comma}{tau}')} |")
