@@ -56,7 +56,7 @@ def main(store: Store, again: bool = True) -> None:
     """
     judged = stored(Runs(store))
     if again or not (judged["data"] == "quadratic").any():
-        judged = pd.concat([judged[judged["data"] != "quadratic"], computed(), speedup()], ignore_index=True)
+        judged = pd.concat([judged[judged["data"] != "quadratic"], computed(), speedup(), drift()], ignore_index=True)
     store.write("claims", judged)
     for line in decided(judged)[0].itertuples():
         print(f"{line.verdict:16}{line.claim} [{line.data}]: {line.evidence}")
@@ -389,10 +389,42 @@ def speedup() -> pd.DataFrame:
     return pd.DataFrame([(claim, "quadratic", COMPUTED, *judge(parts))], columns=COLUMNS)
 
 
-def quadratic(problem: Path, runs: Path, workers: int, steps: int, lr: float, *words: str, seeds=(1,)) -> list[Path]:
-    """Folders of finished runs of plain SGD workers on a quadratic problem."""
+def drift() -> pd.DataFrame:
+    """What the bound leaves to its base, computed for Local SGD: how far workers are apart just before an average.
+
+    The error of its direction is at most L² times the mean of ‖xᵢ − x̄‖². With a step size small against 1 / (τ L) that grows with k, the
+    steps since the last average: as k where gradients are noisy, as k² where workers have data of their own. Judged: the slope of its
+    logarithm in log k, k = τ − 1, over seeds, each with a problem of its own.
+    """
+    m, d, lr, begin, seeds = 16, 256, 5e-4, 64, (1, 2, 3)
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        alike = Path(folder) / "alike.npz"
+        np.savez(alike, A=np.repeat(np.eye(d)[None], m, 0), b=np.ones((m, d)), x0=np.zeros(d))
+        for why, problem, noise, power in (("under noise", alike, 1.0, 1), ("where their data differ", None, 0.0, 2)):
+            points = []
+            for tau in (4, 8, 16, 32):
+                runs, words = (
+                    Path(folder) / f"runs{power}-{tau}",
+                    ("outer=slowmo", f"outer.tau={tau}", "outer.beta=0.6", f"task.noise={noise}"),
+                )
+                for path in quadratic(problem, runs, m, begin + tau - 1, lr, *words, seeds=seeds):
+                    last = pd.read_json(path / "metrics.jsonl", lines=True)["consensus_distance"].iloc[-1]
+                    points.append((path.name, math.log(tau - 1), 2 * math.log(last)))
+            points = pd.DataFrame(points, columns=["seed", "k", "apart"])
+            slopes = points.groupby("seed")[["k", "apart"]].apply(lambda part: np.polyfit(part["k"], part["apart"], 1)[0])
+            claim = f"between averages workers drift apart {why}: the exponent {power} of ‖xᵢ − x̄‖² (within 0.1)"
+            what = f"slope in log k, m = {m}, τ = 4 to 32"
+            source = f"run.py task=quadratic task.noise={noise:g}, seeds {', '.join(map(str, seeds))}"
+            verdict = judge([(what, slopes, power - 0.1, power + 0.1, source)])
+            lines.append((claim, "quadratic", COMPUTED, *verdict))
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def quadratic(problem: Path | None, runs: Path, workers: int, steps: int, lr: float, *words: str, seeds=(1,)) -> list[Path]:
+    """Folders of finished runs of plain SGD workers on a quadratic problem; None: each seed's own."""
     print(f"running: {' '.join(words)} workers={workers} steps={steps} seeds {', '.join(map(str, seeds))}", file=sys.stderr, flush=True)
-    overrides = ["task=quadratic", f"task.problem={problem}", f"workers={workers}", f"steps={steps}", f"optimizer.lr={lr}",
+    overrides = ["task=quadratic", f"task.problem={problem or 'null'}", f"workers={workers}", f"steps={steps}", f"optimizer.lr={lr}",
                  "optimizer.momentum=0.0", "optimizer.nesterov=false", "optimizer.weight_decay=0.0", "base=local_sgd", "dtype=float64",
                  f"runs={runs}", *words, f"seed={','.join(map(str, seeds))}"]  # fmt: skip
     done = subprocess.run([sys.executable, "run.py", *["-m"] * (len(seeds) > 1), *overrides], cwd=ROOT, capture_output=True, text=True)

@@ -193,15 +193,28 @@ def test_a_wrong_recursion_would_be_contradicted(monkeypatch):
     assert set(claims.computed()["verdict"]) == {"contradicted"}
 
 
+@pytest.mark.slow
+def test_the_workers_drift_is_what_the_bound_has(monkeypatch):
+    """And is not where the slopes are those of other runs: of noise where data should differ, and the other way round."""
+    assert claims.drift()["verdict"].tolist() == ["supported"] * 2
+    real, noises = claims.quadratic, {"task.noise=1.0": "task.noise=0.0", "task.noise=0.0": "task.noise=1.0"}
+
+    def swapped(problem, *args, **more):
+        return real(None, *(noises.get(word, word) if isinstance(word, str) else word for word in args), **more)
+
+    monkeypatch.setattr(claims, "quadratic", swapped)
+    assert claims.drift()["verdict"].iloc[0] == "contradicted"
+
+
 def test_the_list_is_written_and_read_back(tmp_path, monkeypatch, capsys):
-    for name in ("computed", "speedup"):
+    for name in ("computed", "speedup", "drift"):
         monkeypatch.setattr(
             claims, name, lambda name=name: pd.DataFrame([(name, "quadratic", "computed", "supported", "said", "")], columns=claims.COLUMNS)
         )
     path = written(tmp_path, *table1())
     claims.main(path)
     back = claims.stored(store.Runs(path))
-    assert {"computed", "speedup"} <= set(back["claim"]) and "supported       SlowMo raises" in capsys.readouterr().out
+    assert {"computed", "speedup", "drift"} <= set(back["claim"]) and "supported       SlowMo raises" in capsys.readouterr().out
     text = claims.markdown(back)
     assert f"| SlowMo raises the accuracy of SGP | `{DATA}` | primary | supported |" in text and "imagenet" in text.splitlines()[-1]
 
