@@ -1,6 +1,8 @@
 """How an algorithm's own cost grows: `python -m benchmarks.scaling` in some minutes, to results/mine/data/scaling.csv; figures draw it.
 
-    step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every 12th) against m at d = 1e6, and against d at m = 2
+    step       seconds of SGP + SlowMo's step (optimizer, gossip, SlowMo at every τ-th) against m at d = 1e6, against d at m = 2, both at
+               τ = 12, and against τ at m = 8
+    buckets    seconds of an iteration of two processes on loopback whose model computes next to nothing, against the number of buckets
     memory     the process's peak against m at d = 1e6
     start      seconds from `run.py task=quadratic` to its end after one step, warm
 
@@ -18,26 +20,57 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+import slowmo
 from benchmarks import ranks, single_process
 from benchmarks.table2 import machine
 from experiments.files import commit
+from results.store import COLUMNS as LISTS
 from results.store import MINE, write
 from results.timing import exponents
+from slowmo import outer
 
 WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
+TAUS, CAPS = (3, 12, 48, 192), (100.0, 2.0, 0.5, 0.12)  # MiB
+TENSORS = 64  # of the model that is cut into buckets
 
 
-def step(m: int, d: int) -> float:
-    """Median seconds of a step; a round is 12, one of them with SlowMo."""
+def step(m: int, d: int, tau: int = 12) -> float:
+    """Median seconds of a step; a round is τ, one of them with SlowMo."""
     torch.set_num_threads(1)
-    algorithm = single_process.built("sgp", m, d, tau=12, nesterov=True, buffers="maintain")
+    algorithm = single_process.built("sgp", m, d, tau=tau, nesterov=True, buffers="maintain")
+
+    def one():
+        algorithm.start()
+        algorithm.step()
+
+    return per_step(one, tau)
+
+
+def in_buckets(cap: float, d: int) -> tuple[float, int]:
+    """(seconds, how many buckets) of an iteration of this process's worker, τ = 12; cap: bucket_cap_mb."""
+    torch.set_num_threads(1)
+    model = torch.nn.ParameterList(torch.zeros(d // TENSORS) for _ in range(TENSORS))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    replicas = slowmo.Replicas(model, slowmo.Cluster(), optimizer.param_groups, bucket_cap_mb=cap)
+    base = slowmo.SGP(replicas, optimizer, slowmo.Exponential(replicas.cluster.num_workers), overlap=True)
+    algorithm = outer.SlowMo(base, tau=12, beta=0.6)
+
+    def one():
+        algorithm.start()
+        sum(part.sum() for part in model).backward()
+        algorithm.step()
+
+    return per_step(one, 12, rounds=20), len(replicas.buckets)
+
+
+def per_step(one, tau: int, rounds: int | None = None) -> float:
+    """Seconds: the median over whole rounds after one that warms up. rounds: as many as other processes do; else two seconds of them."""
     times, begun = [], time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - begun < 2:
+    while len(times) < rounds if rounds else len(times) < 4 or time.perf_counter() - begun < 2:
         start = time.perf_counter()
-        for _ in range(12):
-            algorithm.start()
-            algorithm.step()
-        times.append((time.perf_counter() - start) / 12)
+        for _ in range(tau):
+            one()
+        times.append((time.perf_counter() - start) / tau)
     return statistics.median(times[1:])
 
 
@@ -59,14 +92,22 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=MINE.path("scaling"))
     options = parser.parse_args()
-    lines = [{"what": "start", "m": 8, "d": 0, "value": start()}]
+    lines = [{"what": "start", "m": 8, "value": start()}]
     print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)
-    cases = [("step", m, 10**6) for m in WORKERS] + [("step", 2, d) for d in PARAMETERS] + [("memory", m, 10**6) for m in WORKERS]
-    for what, m, d in dict.fromkeys(cases):
-        value = ranks.spawn(lambda: step(m, d) if what == "step" else single_process.held("sgp", m, d), 1, "loopback")
-        lines.append({"what": what, "m": m, "d": d, "value": value})
-        print(f"{what:7} m = {m:3} d = {d:11,}: {f'{1e3 * value:.3f} ms' if what == 'step' else f'{value / 1e6:.0f} MB'}", flush=True)
-    lines = pd.DataFrame(lines).assign(commit=commit(), machine=machine())
+    cases = [(m, 10**6, 12) for m in WORKERS] + [(2, d, 12) for d in PARAMETERS] + [(8, 10**6, tau) for tau in TAUS]
+    for m, d, tau in dict.fromkeys(cases):
+        value = ranks.spawn(lambda: step(m, d, tau), 1, "loopback")
+        lines.append({"what": "step", "m": m, "d": d, "tau": tau, "value": value})
+        print(f"step    m = {m:3} d = {d:11,} τ = {tau:3}: {1e3 * value:.3f} ms", flush=True)
+    for cap in CAPS:
+        value, buckets = ranks.spawn(lambda: in_buckets(cap, 10**6), 2, "loopback")
+        lines.append({"what": "buckets", "m": 2, "d": 10**6, "tau": 12, "buckets": buckets, "value": value})
+        print(f"buckets m =   2 d =   1,000,000, {buckets:2} of them: {1e3 * value:.3f} ms", flush=True)
+    for m in WORKERS:
+        value = ranks.spawn(lambda: single_process.held("sgp", m, 10**6), 1, "loopback")
+        lines.append({"what": "memory", "m": m, "d": 10**6, "value": value})
+        print(f"memory  m = {m:3} d =   1,000,000: {value / 1e6:.0f} MB", flush=True)
+    lines = pd.DataFrame(lines, columns=LISTS["scaling"]).assign(commit=commit(), machine=machine())
     write(options.out, "scaling", lines)
     print(exponents(lines))
     print(f"wrote {options.out}")

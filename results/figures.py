@@ -290,6 +290,7 @@ def scaling(lines: pd.DataFrame, out: Path) -> None:
     """Of `python -m benchmarks.scaling`: `out`/scaling."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
+        lines = lines[lines["tau"].fillna(12) == 12]
         million, two = lines["d"] == 10**6, lines["m"] == 2
         panels = (("step", "m", million, "seconds of a step, d = 10⁶"), ("step", "d", two, "seconds of a step, m = 2"),
                   ("memory", "m", million, "bytes at the peak, d = 10⁶"))  # fmt: skip

@@ -28,7 +28,7 @@ COLUMNS = {
         *NETWORK, "emulated", "bytes", "warmup", "iterations", "row", "round", "milliseconds", "commit", "machine",
     ],
     "benchmarks": ["what", "against", "where", "aim", "ratio", "low", "high", "rounds", "commit", "machine"],  # python -m benchmarks
-    "scaling": ["what", "m", "d", "value", "commit", "machine"],  # python -m benchmarks.scaling
+    "scaling": ["what", "m", "d", "tau", "buckets", "value", "commit", "machine"],  # python -m benchmarks.scaling
     "gpu": [  # python -m benchmarks.gpu, which knows them without pandas
         "part", "what", "m", "batch", "value", "unit", "ratio", "memory", "error", "commit", "machine",
     ],

@@ -293,11 +293,21 @@ def gpu(store: Store) -> str:
 
 
 def exponents(lines: pd.DataFrame) -> str:
-    """Of `python -m benchmarks.scaling`: slopes of log cost over log size, where rows of m d numbers exceed every cache."""
-    said = []
+    """Of `python -m benchmarks.scaling`: slopes of log cost over log size, where rows of m d numbers exceed every cache; then the cost of
+    a step by τ, and of an iteration by its number of buckets, over the least frequent and the fewest."""
+    said, usual = [], lines["tau"].fillna(12) == 12
     for what, along, rest in (("step", "m", lines["d"] == 10**6), ("step", "d", lines["m"] == 2), ("memory", "m", lines["d"] == 10**6)):
-        part = lines[(lines["what"] == what) & rest & (lines["m"] * lines["d"] >= 4_000_000)]
+        part = lines[(lines["what"] == what) & usual & rest & (lines["m"] * lines["d"] >= 4_000_000)]
         slope = np.polyfit(np.log(part[along].astype(float)), np.log(part["value"]), 1)[0]
         said.append(f"{what} against {along} {slope:.2f}")
+
+    def over(part, along: str) -> str:
+        return ", ".join(f"{one / part['value'].iloc[0]:.2f} ({at:.0f})" for at, one in zip(part[along], part["value"]))
+
+    steps = lines[(lines["what"] == "step") & (lines["m"] == 8) & (lines["d"] == 10**6)].sort_values("tau", ascending=False)
+    buckets = lines[lines["what"] == "buckets"].sort_values("buckets")
     start = lines[lines["what"] == "start"]["value"].iloc[0]
-    return f"Exponents: {', '.join(said)}. From the command to the end of a run of one step on the quadratic: {start:.1f} s. {made(lines)}"
+    return (
+        f"Exponents: {', '.join(said)}. A step by τ: {over(steps, 'tau')}. An iteration of two processes on loopback by its number of "
+        f"buckets: {over(buckets, 'buckets')}. From the command to the end of a run of one step on the quadratic: {start:.1f} s. {made(lines)}"
+    )

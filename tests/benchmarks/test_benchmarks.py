@@ -106,3 +106,8 @@ def test_growth_is_measured():
     small, large = (ranks.spawn(lambda: single_process.held("sgp", m, 2_000_000), 1, "loopback") for m in (2, 8))
     assert (large - small) / (4 * 2_000_000 * 6) == pytest.approx(3, rel=0.15)  # six more rows, gradients, momenta
     assert scaling.step(2, 1000) > 0
+
+
+def test_growth_with_the_number_of_buckets_is_measured():
+    (_, whole), (_, cut) = (ranks.spawn(lambda: scaling.in_buckets(cap, 10**5), 2, "loopback") for cap in (100.0, 0.01))
+    assert whole == 1 and 10 < cut < scaling.TENSORS
