@@ -309,5 +309,6 @@ def exponents(lines: pd.DataFrame) -> str:
     start = lines[lines["what"] == "start"]["value"].iloc[0]
     return (
         f"Exponents: {', '.join(said)}. A step by τ: {over(steps, 'tau')}. An iteration of two processes on loopback by its number of "
-        f"buckets: {over(buckets, 'buckets')}. From the command to the end of a run of one step on the quadratic: {start:.1f} s. {made(lines)}"
+        f"buckets: {over(buckets, 'buckets')}. From the command to the end of a run of one step on the quadratic: {start:.1f} s. "
+        f"{made(lines)}"
     )
