@@ -155,7 +155,7 @@ def measure(given: DictConfig, experiments: dict[str, DictConfig]) -> list[dict]
         slow = straggling.slowness(given.hosts, given.warmup + given.iterations, given.straggler, given.jitter, round_)
         for k, (row, (algorithm, compute)) in enumerate(rows.items()):
             # an AllReduce whose step has begun averages during backward
-            early = not (row.startswith("ar_") and not cost_model.way(row)[1])
+            early = cost_model.way(row)[1] or not row.startswith("ar_")
             mine = timed(algorithm, compute, cluster, slow[:, cluster.rank // given.node], given.warmup, early)
             times[row].append(statistics.mean(cluster.all_gather_object(mine)))
             if cluster.is_main:

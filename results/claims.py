@@ -392,9 +392,9 @@ def speedup() -> pd.DataFrame:
 def drift() -> pd.DataFrame:
     """What the bound leaves to its base, computed for Local SGD: how far workers are apart just before an average.
 
-    The error of its direction is at most L² times the mean of ‖xᵢ − x̄‖². With a step size small against 1 / (τ L) that grows with k, the
-    steps since the last average: as k where gradients are noisy, as k² where workers have data of their own. Judged: the slope of its
-    logarithm in log k, k = τ − 1, over seeds, each with a problem of its own.
+    The error of its direction is at most L² times the mean of ‖xᵢ − x̄‖². With a step size small against 1 / (τ L) this mean grows with
+    k, the steps since the last average: as k where gradients are noisy, as k² where workers have data of their own. Judged: the slope of
+    its logarithm in log k, k = τ − 1, over seeds.
     """
     m, d, lr, begin, seeds = 16, 256, 5e-4, 64, (1, 2, 3)
     lines = []
@@ -404,11 +404,8 @@ def drift() -> pd.DataFrame:
         for why, problem, noise, power in (("under noise", alike, 1.0, 1), ("where their data differ", None, 0.0, 2)):
             points = []
             for tau in (4, 8, 16, 32):
-                runs, words = (
-                    Path(folder) / f"runs{power}-{tau}",
-                    ("outer=slowmo", f"outer.tau={tau}", "outer.beta=0.6", f"task.noise={noise}"),
-                )
-                for path in quadratic(problem, runs, m, begin + tau - 1, lr, *words, seeds=seeds):
+                words = ("outer=slowmo", f"outer.tau={tau}", "outer.beta=0.6", f"task.noise={noise}")
+                for path in quadratic(problem, Path(folder) / f"{power}-{tau}", m, begin + tau - 1, lr, *words, seeds=seeds):
                     last = pd.read_json(path / "metrics.jsonl", lines=True)["consensus_distance"].iloc[-1]
                     points.append((path.name, math.log(tau - 1), 2 * math.log(last)))
             points = pd.DataFrame(points, columns=["seed", "k", "apart"])
