@@ -273,3 +273,40 @@ def test_looks_go_on_where_a_claim_is_undecided(checkout):
     assert sorted(look(5)) == [(f"cifar10_small_loss_{cell}", seed) for cell in ("sgp", "slowmo_sgp") for seed in range(1, 11)]
     assert max(seed for _, seed in look(5, most=7)) == 7
     assert look(5, status="diverged") == []
+
+
+@pytest.mark.parametrize(
+    "accuracy, code, said", [(60.5, 0, "equal"), (61.0, 0, "accuracy_last of runs: 61.0, published 60.5"), (0, 2, "run.py ended with 2")]
+)
+def test_published_runs_are_run_again_and_compared(accuracy, code, said, checkout, monkeypatch, capsys):
+    script, published, asked = loaded("rerun", checkout), Store(checkout / "results"), []
+    ended(checkout / "runs/cifar10_small_sgp/seed2", "cifar10_small_sgp", 60.5, seed=2)
+    published.path("runs").unlink()
+    collect.main(checkout / "runs", published)
+    monkeypatch.setattr(script, "PUBLISHED", published)
+
+    def run(command, cwd):
+        asked.append(command[2:])
+        if not code:
+            ended(checkout / "trials/again/cifar10_small_sgp/seed2", "cifar10_small_sgp", accuracy, seed=2)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["rerun.py", "cifar10_small", "--seed", "1"])
+    failed = script.main()
+    out = capsys.readouterr().out
+    assert asked == [["experiment=cifar10_small_sgp", "seed=2", "runs=trials/again"]]
+    assert said in out and failed == (said != "equal") and f"{int(said == 'equal')} of 1 equal" in out
+
+
+def test_what_was_not_published_cannot_be_run_again(checkout, monkeypatch, capsys):
+    script = loaded("rerun", checkout)
+    monkeypatch.setattr(script, "PUBLISHED", Store(checkout / "results"))
+    for words, remedy in (
+        (["wmt16_small"], "nothing of wmt16_small is published"),
+        (["cifar10_small", "--share", "2"], "above 0, at most 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["rerun.py", *words])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert remedy in capsys.readouterr().err
