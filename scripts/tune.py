@@ -59,18 +59,15 @@ def main() -> int:
         os.nice(10)  # hours in the background of other work
     tuner = Tuner(options, seeds, extra)
     bases = [cell for cell in table1(options.data) if not cell.startswith("slowmo_")]
-    chosen, code = {}, 0
+    code = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for base, future in [(base, pool.submit(tuner.base, base)) for base in bases]:
             try:
-                chosen[base] = lr, beta = future.result()
+                lr, beta = future.result()
                 print(f"{base}: lr {lr:g}" + (f", β of SlowMo {beta:g}" if beta is not None else ""), flush=True)
             except RuntimeError as error:  # the other bases go on
                 print(f"{base}: {error}", file=sys.stderr, flush=True)
                 code = 1
-    if options.publish:
-        for base, (lr, beta) in chosen.items():
-            settle(options.data, base, lr, beta)
     return code
 
 
@@ -85,12 +82,13 @@ class Tuner:
         """Tune a base, then SlowMo over it: (rate, β). RuntimeError where trials fail."""
         experiment, rates = f"{self.options.data}_{base}", TEXT_RATES if self.options.data in TEXT else RATES
         lr = rates[self.climb(START["lr"], rates, lambda numbers: self.scores(experiment, [(rates[n], None) for n in numbers]))]
+        slow, beta = f"{self.options.data}_slowmo_{base}", None
+        if not base.startswith("ar_"):  # the paper has no cell of SlowMo over AllReduce
+            beta = BETAS[self.climb(START["beta"], BETAS, lambda numbers: self.scores(slow, [(lr, BETAS[n]) for n in numbers]))]
+            self.choose(slow, lr, beta)
         self.choose(experiment, lr, None)
-        if base.startswith("ar_"):  # the paper has no cell of SlowMo over AllReduce
-            return lr, None
-        slow = f"{self.options.data}_slowmo_{base}"
-        beta = BETAS[self.climb(START["beta"], BETAS, lambda numbers: self.scores(slow, [(lr, BETAS[n]) for n in numbers]))]
-        self.choose(slow, lr, beta)
+        if self.options.publish:  # at once, so that the list and the configs agree whenever this is stopped
+            settle(self.options.data, base, lr, beta)
         return lr, beta
 
     def climb(self, start: tuple[int, int], values: dict, scores) -> int:

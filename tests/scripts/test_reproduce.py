@@ -38,11 +38,13 @@ def ended(folder, experiment, accuracy, seed=1, status="done", **config):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The code alone, with a short list of published runs."""
+    """The code alone, with a short list of published runs, and of published trials those of other data than are tuned here."""
     for name in ("run.py", "configs", "slowmo", "experiments", "results", "scripts", "README.md"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     shutil.rmtree(tmp_path / "results/mine", ignore_errors=True)
+    trials = Store(tmp_path / "results").read("trials")
+    Store(tmp_path / "results").write("trials", trials[~trials["experiment"].str.match("cifar10_small_(?!loss)")])
     written(tmp_path / "results", lines("cifar10_small_sgp", [60.0], step=1200, seconds_per_iteration=0.1))
     return tmp_path
 
@@ -214,6 +216,19 @@ def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
     assert config("slowmo_local_sgd")["outer"] == {"beta": 0.9} and config("double_averaging_local_sgd")["optimizer"] == {"lr": 0.1}
     listed = pd.read_csv(checkout / "results/data/trials.csv")
     assert len(listed[listed["commit"] == "c"]) == len(list(checkout.glob("trials/*/*/result.json")))  # beside the published ones
+
+
+def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):
+    """Whenever tuning stops, what is marked as chosen stands in the configs."""
+    tuned(checkout, BEST | {"osgp": (0.17, None)})  # SlowMo over it has not been tried
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 1, "", "stopped"))
+    path = checkout / "configs/experiment/cifar10_small_osgp.yaml"
+    before = path.read_text()
+    assert script("tune", "cifar10_small", "--publish")[0] == 1 and path.read_text() == before
+    listed = pd.read_csv(checkout / "results/data/trials.csv")
+    chosen = set(listed[listed["chosen"] & (listed["commit"] == "c")]["experiment"])
+    assert chosen == {f"cifar10_small_{cell}" for cell in ("local_sgd", "slowmo_local_sgd", "sgp", "slowmo_sgp", "ar_sgd")}
+    assert "lr: 0.3" in (checkout / "configs/experiment/cifar10_small_sgp.yaml").read_text()
 
 
 def test_a_rate_is_put_into_any_experiment_s_file():
