@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -65,6 +66,7 @@ def script(checkout, monkeypatch, capfd):
     def say(name, *words):
         module = loaded(name, checkout)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        monkeypatch.setattr(os, "nice", lambda more: None)  # it would stay with this process, for all tests to come
         for name, path in (("PUBLISHED", checkout / "results"), ("MINE", checkout / "results/mine")):
             monkeypatch.setattr(module, name, Store(path), raising=False)
         capfd.readouterr()
