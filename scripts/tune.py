@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,12 +111,15 @@ class Tuner:
                 return best
 
     def scores(self, experiment: str, points: list) -> list[float]:
-        """Of each point (rate, β), after its trials; those not yet known are run, in one sweep."""
+        """Of each point (rate, β), after its trials; those not yet known are run, in a sweep for each set of seeds that lack."""
         self.gather(experiment)
-        missing = [point for point in points if len(self.find(experiment, *point)) < len(self.seeds)]
-        if missing:
-            rates, betas = (sorted({point[k] for point in missing if point[k] is not None}) for k in (0, 1))
-            words = [f"experiment={experiment}", f"optimizer.lr={','.join(map(str, rates))}", f"seed={','.join(map(str, self.seeds))}",
+        missing = defaultdict(list)  # {seeds: the points that lack them}
+        for point in points:
+            missing[tuple(seed for seed in self.seeds if seed not in set(self.find(experiment, *point)["seed"]))].append(point)
+        missing.pop((), None)
+        for seeds, lacking in missing.items():
+            rates, betas = (sorted({point[k] for point in lacking if point[k] is not None}) for k in (0, 1))
+            words = [f"experiment={experiment}", f"optimizer.lr={','.join(map(str, rates))}", f"seed={','.join(map(str, seeds))}",
                      "runs=trials", f"launch={self.options.launcher}"]  # fmt: skip
             words += [f"outer.beta={','.join(map(str, betas))}"] if betas else []
             words += ["data.heldout=tuning"] if self.options.data in WITH_TUNING_PICTURES else []

@@ -200,7 +200,7 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
 
     monkeypatch.setattr(subprocess, "run", anew)
     code, out, err = script("tune", "cifar10_small")
-    assert not code and path.read_text() == text and len(asked) == 1 and "experiment=cifar10_small_osgp" in asked[0], err
+    assert not code and path.read_text() == text and len(asked) == 1 and {"experiment=cifar10_small_osgp", "seed=0"} <= set(asked[0]), err
     assert "counts as missing: result.json: " in err
     assert {path: path.read_bytes() for path in before} == before and (checkout / "results/data/trials.csv").read_bytes() == published
 
