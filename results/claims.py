@@ -169,6 +169,8 @@ class Judgement:
 def seeds_of(runs: Runs, run: str, metric: str) -> pd.DataFrame:
     """A cell's runs by seed, those that diverged or have the metric; seeds below 1 are for tuning."""
     lines = runs.of(run)
+    if lines.empty:
+        return lines
     return lines[(lines.index > 0) & ((lines["status"] == "diverged") | lines[metric].notna())]
 
 

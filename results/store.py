@@ -133,10 +133,12 @@ class Runs:
                 f"{run} seed {seed} stands there {len(group)} times, commits {commits}: counted nowhere; delete all but one"
             )
         self.ended = ended[~twice].assign(milliseconds=lambda lines: 1000 * lines["seconds_per_iteration"])
+        self._of = {run: lines.set_index("seed").sort_index() for run, lines in self.ended.groupby("run")}  # claims ask thousands of times
+        self._none = self.ended.iloc[:0].set_index("seed")
 
     def of(self, run: str) -> pd.DataFrame:
         """The run's lines, by seed."""
-        return self.ended[self.ended["run"] == run].set_index("seed").sort_index()
+        return self._of.get(run, self._none)
 
     def values(self, run: str, metric: str) -> pd.Series:
         """By seed, of the runs that are done."""

@@ -108,6 +108,7 @@ def test_growth_is_measured():
     assert scaling.step(2, 1000) > 0
 
 
+@pytest.mark.slow
 def test_growth_with_the_number_of_buckets_is_measured():
     (_, whole), (_, cut) = (ranks.spawn(lambda: scaling.in_buckets(cap, 10**5), 2, "loopback") for cap in (100.0, 0.01))
     assert whole == 1 and 10 < cut < scaling.TENSORS

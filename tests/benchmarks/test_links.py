@@ -160,6 +160,7 @@ def test_a_row_is_measured_both_ways_on_unequal_hosts(tmp_path):
     assert set(lines["bytes"]) == {4 * round(25_557_032 / 1000)}
 
 
+@pytest.mark.slow
 def test_a_real_network_takes_random_pictures(tmp_path):
     words = ["benchmark=resnet", "benchmark.scale=null", "benchmark.compute=task", "benchmark.network=loopback", "benchmark.rounds=1",
              "benchmark.iterations=2", "benchmark.rows=[ar_sgd_after,osgp]"]  # fmt: skip
@@ -187,7 +188,8 @@ def test_every_row_of_table_2_is_measured(tmp_path):
 
 
 @root
-@pytest.mark.parametrize("ended", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL])
 def test_a_measurement_that_is_ended_leaves_nothing_behind(ended, tmp_path):
     command = [sys.executable, "-m", "benchmarks.table2", f"out={tmp_path}/data/links.csv", "benchmark.hosts=2", "benchmark.compute=0.002",
                "benchmark.scale=1000", "benchmark.rows=[osgp]", "benchmark.rounds=100000"]  # fmt: skip
@@ -243,6 +245,7 @@ def test_what_cannot_be_measured_is_refused(overrides, remedy):
             measuring.check(hydra.compose("table2", overrides).benchmark)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_writes_nothing(tmp_path):
     done = measure("benchmark.network=up", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: no network is up: benchmarks/links/network.sh up")

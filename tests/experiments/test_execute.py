@@ -195,7 +195,7 @@ OTHER += [(name, make, 2) for name in (".lock", "metrics.jsonl", "checkpoints") 
 
 
 # each place once, the others are behind the marker
-@pytest.mark.parametrize("name, make, processes", [pytest.param(*case, marks=[] if k % 3 == 0 else pytest.mark.slow)
+@pytest.mark.parametrize("name, make, processes", [pytest.param(*case, marks=[] if k % 5 == 0 else pytest.mark.slow)
                                                    for k, case in enumerate(OTHER)])  # fmt: skip
 def test_something_else_in_the_place_of_a_file(name, make, processes, half, straight, tmp_path):
     path, kept = half / name, tmp_path / "kept"
@@ -214,7 +214,7 @@ def test_something_else_in_the_place_of_a_file(name, make, processes, half, stra
         assert_whole(half, straight)
 
 
-@pytest.mark.parametrize("make", [as_file, os.mkfifo, dangling, looping])
+@pytest.mark.parametrize("make", [as_file, *(pytest.param(make, marks=pytest.mark.slow) for make in (os.mkfifo, dangling, looping))])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_something_else_in_the_place_of_the_folder(make, processes, half, tmp_path):
     shutil.rmtree(half)

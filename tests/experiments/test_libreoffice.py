@@ -226,6 +226,7 @@ def test_fairseq_reads_the_set(made, tree):
 
 @needs_extra
 @needs_dpkg
+@pytest.mark.slow
 def test_same_bytes_twice_and_from_debs(made, tree, debs, tmp_path, capfd):
     again = libreoffice.make(tmp_path / "not" / "there", vocabulary=80, packages=str(debs))
     first, second = contents(made.parent), contents(again.parent)

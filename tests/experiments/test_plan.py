@@ -352,12 +352,6 @@ def test_the_plan_says_how_kernels_are_called_and_when_messages_leave():
         plan.make(planned("cluster.graph=true")[1], task)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))
-def test_an_experiment_alone_is_what_hydra_composes(name):
-    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        assert config.compose([f"experiment={name}"]).cfg == hydra.compose("config", [f"experiment={name}"])
-
-
 @pytest.mark.parametrize(
     "word, group, own",
     [
@@ -541,6 +535,7 @@ class TestNonsense:
         for words in START:
             assert command(*words, "dry_run=true", cwd=tmp_path).code == 0
 
+    @pytest.mark.slow
     def test_a_few_dozen(self, tmp_path, capfd, monkeypatch):
         for words in nonsense(36, seed=0):
             self.said(words, tmp_path, capfd, monkeypatch)

@@ -284,6 +284,7 @@ def test_node_workers_agree_with_one_process(tmp_path):
     assert_close_run(nodes, alone)
 
 
+@pytest.mark.slow
 def test_through_torchrun(straight, tmp_path):
     """The true launcher, its own processes and its own exit."""
     words = [*SGP, f"runs={tmp_path}"]
@@ -596,6 +597,7 @@ def test_goes_on_under_another_folding(words, bitwise, tmp_path):
     assert not bitwise or (arrays(folder)["x"] == arrays(expected)["x"]).all()
 
 
+@pytest.mark.slow
 def test_stopped_from_outside(tmp_path):
     """`python run.py` in a process of its own, SIGTERM from another one."""
     words = ("task=quadratic", "workers=2", "steps=1500", "evaluate.every=50", "dtype=float64", f"runs={tmp_path / 'runs'}")

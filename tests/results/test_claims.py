@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from commands import forked
 from listed import lines, written
 
 from results import claims, store, tables
@@ -177,7 +178,8 @@ def test_what_does_not_rest_on_seeds():
     assert tables.interval(pd.Series([1.0, 3.0])) == pytest.approx(12.7062, abs=1e-4)
 
 
-def test_special_cases_are_computed():
+def test_special_cases_are_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.subprocess, "run", forked(tmp_path))
     judged = claims.computed()
     assert judged["verdict"].tolist() == ["supported"] * 3
     assert all("iterates differ by no more than 1e-12" in text for text in judged["evidence"])

@@ -57,6 +57,7 @@ def refused(done, *words):
 
 
 @needs_fairseq
+@pytest.mark.slow
 def test_the_whole_way(tmp_path):
     done = prepare(archive(tmp_path / "a.tar.gz"), tmp_path / "wmt16")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "wmt16/preprocess.log").read_text()

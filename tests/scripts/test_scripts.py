@@ -109,26 +109,32 @@ def test_exporting_what_is_no_run_names_the_remedy(tmp_path, monkeypatch):
 
 
 def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):
-    """`make run` in small, with no more than it installs: both runs at once, asked again, and one that fails."""
+    """`make run` in small, with no more than it installs: both runs at once."""
     absent = tmp_path / "absent"
     absent.mkdir()
     for name in ("pandas", "fairseq", "sacrebleu", "sacremoses", "tensorboard", "wandb", "fairscale", "pytest", "nbformat", "lightning"):
         (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('make run installs no {name}')\n")
     words = ["steps=4", "evaluate.every=2", "data.train=256", "data.validation=20", "task.width=2", f"data.root={tmp_path}"]
-
-    def quickstart(*more):
-        command = [sys.executable, str(ROOT / "scripts/quickstart.py"), *words, f"runs={tmp_path}/runs", *more]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(absent)})
-
-    done = quickstart()
+    command = [sys.executable, str(ROOT / "scripts/quickstart.py"), *words, f"runs={tmp_path}/runs"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(absent)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^(?:slowmo_)?local_sgd +\d/4 ", done.stdout, re.MULTILINE)) == 4
     assert f"picture: {tmp_path}/runs/quickstart.png" in done.stdout and "\naccuracy, " in done.stdout
     assert re.search(r"^seed 1, SlowMo over quickstart_local_sgd\S*: best accuracy [-+]", done.stdout, re.MULTILINE)
     with Image.open(tmp_path / "runs/quickstart.png") as image:
         image.verify()
-    failed = quickstart("outer.tau=0")
-    assert failed.returncode == 2 and "local_sgd        error: " in failed.stdout and "picture" not in failed.stdout
+
+
+def test_a_quickstart_that_fails_says_why_and_draws_nothing(tmp_path, monkeypatch, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho error: outer.tau=0\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts/quickstart.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 2 and "\nlocal_sgd        error: outer.tau=0\n" in said and "picture" not in said
 
 
 def test_samples_are_in_columns_of_a_class():

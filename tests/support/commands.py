@@ -12,6 +12,7 @@ import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -157,6 +158,19 @@ def command(*overrides: str, cwd, timeout: float = 100.0, **options) -> Done:
         return started.wait(timeout)
     finally:
         started.kill()
+
+
+def forked(folder):
+    """subprocess.run, but `python run.py ...` runs in a child as above, with its logs in `folder`."""
+    real = subprocess.run
+
+    def start(words, **options):
+        if "run.py" not in words:
+            return real(words, **options)
+        done = command(*words[words.index("run.py") + 1 :], cwd=folder)
+        return subprocess.CompletedProcess(words, done.code, done.out, done.err)
+
+    return start
 
 
 def planned(*words: str) -> tuple[dict, config.Composed, Done]:
