@@ -384,10 +384,8 @@ def speedup() -> pd.DataFrame:
                                   f"evaluate.every={tau}", seeds=seeds):  # fmt: skip
                 rows = pd.read_json(path / "metrics.jsonl", lines=True)
                 points.append((path.name, math.log(m), math.log(2 * rows["validation_loss"].mean())))
-    points = pd.DataFrame(points, columns=["seed", "m", "error"])
-    slopes = points.groupby("seed")[["m", "error"]].apply(lambda part: np.polyfit(part["m"], part["error"], 1)[0])
     what = f"slope of log ‖∇f‖² in log m, m = 1 to 16, τ = {tau}, {steps} steps"
-    parts = [(what, slopes, -0.6, -0.4, f"run.py task=quadratic task.noise=1.0, seeds {', '.join(map(str, seeds))}")]
+    parts = [(what, slopes(points), -0.6, -0.4, f"run.py task=quadratic task.noise=1.0, seeds {', '.join(map(str, seeds))}")]
     return pd.DataFrame([(claim, "quadratic", COMPUTED, *judge(parts))], columns=COLUMNS)
 
 
@@ -410,14 +408,17 @@ def drift() -> pd.DataFrame:
                 for path in quadratic(problem, Path(folder) / f"{power}-{tau}", m, begin + tau - 1, lr, *words, seeds=seeds):
                     last = pd.read_json(path / "metrics.jsonl", lines=True)["consensus_distance"].iloc[-1]
                     points.append((path.name, math.log(tau - 1), 2 * math.log(last)))
-            points = pd.DataFrame(points, columns=["seed", "k", "apart"])
-            slopes = points.groupby("seed")[["k", "apart"]].apply(lambda part: np.polyfit(part["k"], part["apart"], 1)[0])
             claim = f"between averages workers drift apart {why}: the exponent {power} of ‖xᵢ − x̄‖² (within 0.1)"
             what = f"slope in log k, m = {m}, τ = 4 to 32"
             source = f"run.py task=quadratic task.noise={noise:g}, seeds {', '.join(map(str, seeds))}"
-            verdict = judge([(what, slopes, power - 0.1, power + 0.1, source)])
+            verdict = judge([(what, slopes(points), power - 0.1, power + 0.1, source)])
             lines.append((claim, "quadratic", COMPUTED, *verdict))
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def slopes(points: list[tuple]) -> pd.Series:
+    """Of the straight line through each seed's points (seed, x, y)."""
+    return pd.DataFrame(points, columns=["seed", "x", "y"]).groupby("seed")[["x", "y"]].apply(lambda p: np.polyfit(p["x"], p["y"], 1)[0])
 
 
 def quadratic(problem: Path | None, runs: Path, workers: int, steps: int, lr: float, *words: str, seeds=(1,)) -> list[Path]:

@@ -53,20 +53,12 @@ def main() -> int:
     parser.add_argument("--launcher", default="inprocess", help="launch=... of each run: inprocess, local, slurm, slurm_dgx1")
     parser.add_argument("--jobs", type=int, help="runs at once; by default 2, on a cluster all")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    arguments, extra = sys.argv[1:], []
-    if "--" in arguments:
-        extra = arguments[arguments.index("--") + 1 :]
-        arguments = arguments[: arguments.index("--")]
-    options = parser.parse_args(arguments)
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
-    except ValueError:
-        parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
+    options, extra = parsed(parser)
     data, ended = DATA[options.data], []
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
     tables_wanted = [key for key in options.what if key != "looks"]
-    jobs = wanted(tables_wanted, data, seeds) if tables_wanted else []
+    jobs = wanted(tables_wanted, data, options.seeds) if tables_wanted else []
     while True:
         done, paces = known()
         if "looks" in options.what:
@@ -85,6 +77,18 @@ def main() -> int:
     if ended:
         print(table(ended))
     return code if all(status in ("done", "diverged") for _, status, *_ in ended) else 1
+
+
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The options, --seeds as numbers, and what follows `--`."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    try:
+        options.seeds = options.seeds and [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
+    return options, words[end + 1 :]
 
 
 def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+import reproduce  # beside this script
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,18 +48,10 @@ def main() -> int:
     parser.add_argument("--launcher", default="inprocess", help="launch=... of each grid; a cluster runs a grid as one job array")
     parser.add_argument("--jobs", type=int, default=2, help="bases at once, a process each")
     parser.add_argument("--publish", action="store_true", help="take up and write what is committed: trials.csv and configs/experiment")
-    arguments, extra = sys.argv[1:], []
-    if "--" in arguments:
-        extra = arguments[arguments.index("--") + 1 :]
-        arguments = arguments[: arguments.index("--")]
-    options = parser.parse_args(arguments)
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 0,-1")
+    options, extra = reproduce.parsed(parser)
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
-    tuner = Tuner(options, seeds, extra)
+    tuner = Tuner(options, extra)
     bases = [cell for cell in table1(options.data) if not cell.startswith("slowmo_")]
     code = 0
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -73,8 +66,8 @@ def main() -> int:
 
 
 class Tuner:
-    def __init__(self, options, seeds: list[int], extra: list[str]):
-        self.options, self.seeds, self.extra = options, seeds, extra
+    def __init__(self, options, extra: list[str]):
+        self.options, self.seeds, self.extra = options, options.seeds, extra
         self.metric = "nll_base2_last" if options.data in TEXT else "train_loss_last" if options.data in LOSS_TIERS else "accuracy_last"
         self.store, self.lock = PUBLISHED if options.publish else MINE, threading.RLock()
         self.trials = self.store.find("trials")

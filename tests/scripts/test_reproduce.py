@@ -1,6 +1,5 @@
 """Filling tables: what is missing is planned and run, failures are survived, the end is collected. Tuning: what it chooses and keeps."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import reproduce
+import rerun
+import tune
 import yaml
 from commands import command
 from listed import lines, written
@@ -50,22 +52,13 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def loaded(name, root):
-    """A script as a module, at work in `root`."""
-    specification = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    module.ROOT = root
-    return module
-
-
 @pytest.fixture
 def script(checkout, monkeypatch, capfd):
-    """script(name, *words): its exit code, what it said, what it complained of."""
+    """script(module, *words) in the checkout: its exit code, what it said, what it complained of."""
 
-    def say(name, *words):
-        module = loaded(name, checkout)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    def say(module, *words):
+        monkeypatch.setattr(module, "ROOT", checkout)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
         monkeypatch.setattr(os, "nice", lambda more: None)  # it would stay with this process, for all tests to come
         for name, path in (("PUBLISHED", checkout / "results"), ("MINE", checkout / "results/mine")):
             monkeypatch.setattr(module, name, Store(path), raising=False)
@@ -80,7 +73,7 @@ def script(checkout, monkeypatch, capfd):
 
 
 def test_a_fresh_clone_has_everything_to_do(checkout, script):
-    code, out, err = script("reproduce", "table1", "--data", "cifar10_small", "--seeds", "1,2", "--dry-run")
+    code, out, err = script(reproduce, "table1", "--data", "cifar10_small", "--seeds", "1,2", "--dry-run")
     assert code == 0, err
     plan = {line.split()[0]: line for line in out.splitlines()}
     # what is published says what it takes, not that it is done
@@ -106,13 +99,13 @@ def test_it_runs_what_is_missing_and_goes_on_after_a_failure(checkout, script):
     for name in cells:
         ended(checkout / "runs" / name / "seed1", name, 60.0)
     (checkout / "runs/cifar10_small_sgp/seed1/metrics.jsonl").write_text("")  # damaged: not done
-    code, out, err = script("reproduce", "table1", "--data", "cifar10_small", "--seeds", "1", "--dry-run")
+    code, out, err = script(reproduce, "table1", "--data", "cifar10_small", "--seeds", "1", "--dry-run")
     assert "5 of 7 runs done" in out and "cifar10_small_sgp/seed1 counts as missing: metrics.jsonl is empty" in err
     # where one of them will write stands another config's run
     refused = checkout / command("experiment=cifar10_small_osgp", "seed=1", *TINY, "dry_run=true", cwd=checkout).fact("folder")
     refused.mkdir(parents=True)
     (refused / "config.yaml").write_text("workers: 3\n")
-    code, out, err = script("reproduce", "table1", "--data", "cifar10_small", "--seeds", "1", "--jobs", "2", "--", *TINY)
+    code, out, err = script(reproduce, "table1", "--data", "cifar10_small", "--seeds", "1", "--jobs", "2", "--", *TINY)
     assert code == 1 and re.search(r"^2 runs: 1 refused, 1 done$|^2 runs: 1 done, 1 refused$", out, re.M), out + err
     assert re.search(r"^  refused +cifar10_small_osgp seed 1 +[\d.]+ min  error: .* holds a run whose ", out, re.M), out
     assert re.search(r"^  done +cifar10_small_sgp seed 1 +[\d.]+ min$", out, re.M), out
@@ -129,7 +122,7 @@ def test_a_run_that_diverged_is_an_outcome(checkout, script, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0))
     for name in ("ar_sgd", "local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "slowmo_sgp"):
         ended(checkout / f"runs/cifar10_small_{name}/seed1", f"cifar10_small_{name}", 60.0)
-    code, out, err = script("reproduce", "table1", "--seeds", "1", "--", *TINY, "optimizer.lr=1e30")
+    code, out, err = script(reproduce, "table1", "--seeds", "1", "--", *TINY, "optimizer.lr=1e30")
     assert code == 0, out + err
     line = r"^1 runs: 1 diverged\n  diverged +cifar10_small_sgp seed 1 +[\d.]+ min  diverged at step \d: .*; lower optimizer.lr"
     assert re.search(line, out, re.M), out
@@ -140,7 +133,6 @@ def test_a_run_that_diverged_is_an_outcome(checkout, script, monkeypatch):
 
 
 def test_wanted_runs_come_seed_after_seed_and_once():
-    reproduce = loaded("reproduce", ROOT)
     jobs = reproduce.wanted(["table1", "ablations"], ("cifar10_small",), None)
     assert len(set(jobs)) == len(jobs) and [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
     assert len(reproduce.wanted(["table1"], ("wmt16_small",), None)) == 25 and len(reproduce.wanted(["table1"], ("wmt16_small",), [7])) == 5
@@ -148,8 +140,8 @@ def test_wanted_runs_come_seed_after_seed_and_once():
 
 
 def test_nonsense_is_refused(script):
-    assert "whole numbers with commas" in script("reproduce", "table1", "--seeds", "a")[2]
-    assert "invalid choice" in script("reproduce", "table7")[2]
+    assert "whole numbers with commas" in script(reproduce, "table1", "--seeds", "a")[2]
+    assert "invalid choice" in script(reproduce, "table7")[2]
 
 
 def trial(folder, experiment, value, seed, status="done", **config):
@@ -180,14 +172,14 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
     published = (checkout / "results/data/trials.csv").read_bytes()
     shutil.rmtree(checkout / "trials", ignore_errors=True)
     tuned(checkout, BEST, diverged=[("ar_sgd", 0.52)])
-    code, out, err = script("tune", "cifar10_small")
+    code, out, err = script(tune, "cifar10_small")
     assert not code, err
     assert "local_sgd: lr 0.1, β of SlowMo 0.9" in out and "osgp: lr 0.17, β of SlowMo 0.6" in out and "ar_sgd: lr 0.3\n" in out
     path = checkout / "results/mine/data/trials.csv"
     listed, text = pd.read_csv(path), path.read_text()
     assert len(listed) == len(list(checkout.glob("trials/*/*/result.json")))
     assert listed[listed["chosen"]].groupby("experiment").size().tolist() == [2] * 7 and set(listed["metric"]) == {"accuracy_last"}
-    assert not script("tune", "cifar10_small")[0] and path.read_text() == text
+    assert not script(tune, "cifar10_small")[0] and path.read_text() == text
     path.unlink()
     damaged = next(checkout.glob("trials/cifar10_small_osgp,*/seed0/result.json"))
     whole, asked = damaged.read_text(), []
@@ -199,7 +191,7 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(subprocess, "run", anew)
-    code, out, err = script("tune", "cifar10_small")
+    code, out, err = script(tune, "cifar10_small")
     assert not code and path.read_text() == text and len(asked) == 1 and {"experiment=cifar10_small_osgp", "seed=0"} <= set(asked[0]), err
     assert "counts as missing: result.json: " in err
     assert {path: path.read_bytes() for path in before} == before and (checkout / "results/data/trials.csv").read_bytes() == published
@@ -207,7 +199,7 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
 
 def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
     tuned(checkout, BEST)
-    assert not script("tune", "cifar10_small", "--publish")[0]
+    assert not script(tune, "cifar10_small", "--publish")[0]
 
     def config(cell):
         return yaml.safe_load((checkout / f"configs/experiment/cifar10_small_{cell}.yaml").read_text())
@@ -226,7 +218,7 @@ def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 1, "", "stopped"))
     path = checkout / "configs/experiment/cifar10_small_osgp.yaml"
     before = path.read_text()
-    assert script("tune", "cifar10_small", "--publish")[0] == 1 and path.read_text() == before
+    assert script(tune, "cifar10_small", "--publish")[0] == 1 and path.read_text() == before
     listed = pd.read_csv(checkout / "results/data/trials.csv")
     chosen = set(listed[listed["chosen"] & (listed["commit"] == "c")]["experiment"])
     assert chosen == {f"cifar10_small_{cell}" for cell in ("local_sgd", "slowmo_local_sgd", "sgp", "slowmo_sgp", "ar_sgd")}
@@ -234,7 +226,6 @@ def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):
 
 
 def test_a_rate_is_put_into_any_experiment_s_file():
-    tune = loaded("tune", ROOT)
     assert tune.written("optimizer: {lr: 0.3} # a\n", "optimizer", "lr", 0.17) == "optimizer: {lr: 0.17} # a\n"
     assert tune.written("outer: {tau: 12, beta: 0.6}\n", "outer", "beta", 0.8) == "outer: {tau: 12, beta: 0.8}\n"
     assert tune.written("outer: {tau: 48}\n", "outer", "beta", 0.8) == "outer: {beta: 0.8, tau: 48}\n"
@@ -258,7 +249,7 @@ def test_trials_are_run_on_pictures_of_their_own_and_one_that_fails_stops_its_ba
         return subprocess.CompletedProcess(words, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    code, out, err = script("tune", "cifar10_small", "--", "data.root=there")
+    code, out, err = script(tune, "cifar10_small", "--", "data.root=there")
     assert code == 1 and "local_sgd: run.py -m" in err and "no disk" in err
     assert "sgp: lr 0.17, β of SlowMo 0.6" in out and "ar_sgd: lr 0.17\n" in out
     assert all({"data.heldout=tuning", "data.root=there", "seed=0,-1", "runs=trials"} <= set(words) for words in asked)
@@ -268,7 +259,6 @@ def test_trials_are_run_on_pictures_of_their_own_and_one_that_fails_stops_its_ba
 @pytest.mark.slow
 def test_looks_go_on_where_a_claim_is_undecided(checkout):
     """To the first look everywhere; then Local SGD's clear gain needs no more seeds, SGP's does."""
-    reproduce = loaded("reproduce", checkout)
     cells = ("local_sgd", "osgp", "sgp")
 
     def look(seeds, most=40, status="done"):
@@ -296,11 +286,12 @@ def test_looks_go_on_where_a_claim_is_undecided(checkout):
     "accuracy, code, said", [(60.5, 0, "equal"), (61.0, 0, "accuracy_last of runs: 61.0, published 60.5"), (0, 2, "run.py ended with 2")]
 )
 def test_published_runs_are_run_again_and_compared(accuracy, code, said, checkout, monkeypatch, capsys):
-    script, published, asked = loaded("rerun", checkout), Store(checkout / "results"), []
+    published, asked = Store(checkout / "results"), []
+    monkeypatch.setattr(rerun, "ROOT", checkout)
     ended(checkout / "runs/cifar10_small_sgp/seed2", "cifar10_small_sgp", 60.5, seed=2)
     published.path("runs").unlink()
     collect.main(checkout / "runs", published)
-    monkeypatch.setattr(script, "PUBLISHED", published)
+    monkeypatch.setattr(rerun, "PUBLISHED", published)
 
     def run(command, cwd):
         asked.append(command[2:])
@@ -308,22 +299,21 @@ def test_published_runs_are_run_again_and_compared(accuracy, code, said, checkou
             ended(checkout / "trials/again/cifar10_small_sgp/seed2", "cifar10_small_sgp", accuracy, seed=2)
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(rerun.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["rerun.py", "cifar10_small", "--seed", "1"])
-    failed = script.main()
+    failed = rerun.main()
     out = capsys.readouterr().out
     assert asked == [["experiment=cifar10_small_sgp", "seed=2", "runs=trials/again"]]
     assert said in out and failed == (said != "equal") and f"{int(said == 'equal')} of 1 equal" in out
 
 
 def test_what_was_not_published_cannot_be_run_again(checkout, monkeypatch, capsys):
-    script = loaded("rerun", checkout)
-    monkeypatch.setattr(script, "PUBLISHED", Store(checkout / "results"))
+    monkeypatch.setattr(rerun, "PUBLISHED", Store(checkout / "results"))
     for words, remedy in (
         (["wmt16_small"], "nothing of wmt16_small is published"),
         (["cifar10_small", "--share", "2"], "above 0, at most 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["rerun.py", *words])
         with pytest.raises(SystemExit):
-            script.main()
+            rerun.main()
         assert remedy in capsys.readouterr().err

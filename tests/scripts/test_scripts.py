@@ -1,6 +1,5 @@
 """What the scripts make of result files."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import pytest
+import samples
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -27,18 +28,15 @@ def result(folder, experiment, accuracy, status="done", rows=12):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.fixture
-def compare(monkeypatch, capsys):
+@pytest.fixture(name="compare")
+def _compare(monkeypatch, capsys):
     """compare(*words) on a screen of 80 columns: its exit code or last words, and what it printed."""
-    specification = importlib.util.spec_from_file_location("compare", ROOT / "scripts/compare.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
 
     def say(*words):
         monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "80")
         try:
-            code = module.main()
+            code = compare.main()
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -138,9 +136,6 @@ def test_a_quickstart_that_fails_says_why_and_draws_nothing(tmp_path, monkeypatc
 
 
 def test_samples_are_in_columns_of_a_class():
-    specification = importlib.util.spec_from_file_location("samples", ROOT / "scripts/samples.py")
-    samples = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(samples)
     colours = ["red", "lime", "blue"]
     sheet = samples.sheet([[Image.new("RGB", (32, 32), colour)] * samples.ROWS for colour in colours]).convert("RGB")
     assert sheet.size == (3 * samples.PIXELS, samples.ROWS * samples.PIXELS)
