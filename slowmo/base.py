@@ -106,7 +106,7 @@ class LocalSGD:
 
     @torch.no_grad()
     def averaged(self, segment: Segment) -> torch.Tensor:
-        """Σ x_i / Σ w_i after a step that was started with `average`, `[1, d]`; changes no worker."""
+        """Σ x_i / Σ w_i after a step that was started with `average`, `[1, d]`, to be overwritten by whoever restarts; once."""
         return self._averages.pop(segment)()
 
     @torch.no_grad()
@@ -150,9 +150,10 @@ class LocalSGD:
         """Step a bucket whose gradients are final, and send it."""
         self._update(bucket)
         if self._average:
+            alone = self.cluster.num_workers == self.cluster.world_size == 1
             for segment in bucket.segments:
-                if self._fragment in (None, segment.fragment):
-                    self._averages[segment] = self._start_average(segment)
+                if self._fragment in (None, segment.fragment):  # a worker alone is its own average: no copy
+                    self._averages[segment] = segment.x.detach if alone else self._start_average(segment)
 
     def _landed(self) -> Iterable[Segment]:
         """When all buckets have advanced: each segment, as soon as what was sent to it has come."""
