@@ -68,19 +68,22 @@ def _made(page: Path, name: str, runs: Runs) -> str:
 def status(runs: Runs) -> str:
     """A line for each of the paper's columns: what there is of it, and what was run."""
     judged = claims.stored(runs)
-    judged = judged[judged["kind"] == claims.PRIMARY]
+    judged = judged[judged["verdict"] != claims.NOT_RUN]
     experiments = [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")]
-    out = ["| the paper's column | configs | tested | run on its data | main claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
+    out = ["| the paper's column | configs | tested | run on its data | claims on the stand-in |", "| --- | --- | --- | --- | --- |"]
     for data in dict.fromkeys(SMALL.values()):
         stand_ins = [small for small, of in SMALL.items() if of == data]
         names = [name for name in experiments if name.startswith(f"{data}_") and not name.startswith(tuple(stand_ins))]
         ended = sum(len(runs.of(name)) for name in names)
         said = []
         for small in stand_ins:
-            counts = judged[judged["data"] == small]["verdict"].value_counts()
-            some = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != claims.NOT_RUN)
+            some = []
+            for kind in (claims.PRIMARY, claims.SECONDARY):
+                counts = judged[(judged["data"] == small) & (judged["kind"] == kind)]["verdict"].value_counts()
+                if len(counts):
+                    some.append(f"{kind} {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
             ran = any(len(runs.of(f"{small}_{cell}")) for cell in tables.table1(small))
-            said.append(f"`{small}_*`: {some or ('too few seeds' if ran else claims.NOT_RUN)}")
+            said.append(f"`{small}_*`: {'; '.join(some) or ('too few seeds' if ran else claims.NOT_RUN)}")
         line = (TITLES[data], f"{len(names)} `{data}_*`", "each, on small data", f"{ended} runs" if ended else "no", "; ".join(said))
         out.append(f"| {' | '.join(line)} |")
     return "\n".join(out) + "\n"

@@ -39,6 +39,7 @@ from results.tables import (
 )
 
 SUPPORTED, CONTRADICTED, EQUIVALENT, UNDECIDED, NOT_RUN = "supported", "contradicted", "equivalent", "undecided", "not run"
+NO_RUNS = "no runs"  # the evidence of what is not run; else it has too few seeds
 PRIMARY, SECONDARY = "primary", "secondary"
 COST, OURS = "cost", "question of ours"
 COMPUTED = "computed"
@@ -155,7 +156,7 @@ class Judgement:
         if self.diverged:
             return self.diverged
         if not self.estimates:
-            return f"{self.seeds} seed" if self.seeds else "no runs"
+            return f"{self.seeds} seed" if self.seeds else NO_RUNS
         said = "; ".join(f"{part.what} {format_estimate(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
         verdict, wanted = self.verdict(level), ""
         if verdict == UNDECIDED and not self.claim.turns:
@@ -194,7 +195,9 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
             when = "after" if every.endswith("_after") else "during"
             claims.append((OURS, f"an iteration with SlowMo costs less than that of AllReduce, both {when} backward",
                            [change(row, every, -math.inf, 0) for row in slow if row.endswith("_after") == (when == "after")]))  # fmt: skip
-        judged += [(claim, where, kind, *judge(parts)) for kind, claim, parts in claims if parts]
+        for kind, claim, parts in (one for one in claims if one[2]):
+            verdict, said, sources = judge(parts)
+            judged.append((claim, where, kind, verdict, f"{said} ({len(times)} rounds)", sources))
     return pd.DataFrame(judged, columns=COLUMNS)
 
 
@@ -208,8 +211,11 @@ def stored(runs: Runs) -> pd.DataFrame:
 def decided(judged: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The lines of what was run, and a sentence about the data sets of which nothing was."""
     some = judged[judged["verdict"] != NOT_RUN]
-    others = [data for data in dict.fromkeys(judged["data"]) if data not in set(some["data"])]
-    return some, f"{', '.join(others)}: {NOT_RUN}." * bool(others)
+    others = judged[~judged["data"].isin(some["data"])]
+    few = dict.fromkeys(others[others["evidence"] != NO_RUNS]["data"])
+    none = [data for data in dict.fromkeys(others["data"]) if data not in few]
+    said = [f"{', '.join(names)}: {words}." for names, words in ((none, NOT_RUN), (few, "too few seeds to judge")) if names]
+    return some, " ".join(said)
 
 
 def markdown(judged: pd.DataFrame) -> str:
@@ -307,7 +313,8 @@ def judge(parts, level: float = inference.LEVEL) -> tuple[str, str, str]:
             return NOT_RUN, f"{what}: fewer than two measurements", ""
         e = inference.paired([(1, values)])
         p.append((e.within(low, high), e.outside(low, high)))
-        said.append(f"{what} {format_estimate(e, '')}")
+        # of two one-sided tests at a level: what lies within the margin
+        said.append(f"{what} {format_estimate(e, '', 1 - 2 * level if math.isfinite(low) and math.isfinite(high) else 0.95)}")
     support, against = max(one for one, _ in p), len(p) * min(other for _, other in p)
     verdict = SUPPORTED if support < level else CONTRADICTED if against < level else UNDECIDED
     return verdict, "; ".join(said), "; ".join(part[-1] for part in parts)

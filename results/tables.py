@@ -48,7 +48,7 @@ RULES = {  # of the paper's data, of a stand-in
     False: f"{MEASURED}, best over training as the paper reports. *agrees*: the paper's number lies within the 95% prediction interval for "
     "a mean of as many seeds as the paper had; else *above* or *below*; one seed allows no interval.",
     True: f"{MEASURED}. change: SlowMo less its base, in a sweep less its reference, ± half the 95% confidence interval; a training loss "
-    "over its base's, with the interval. The paper's change is of best values, on its own data.",
+    "over its base's, with the interval. *paper*: its change of best values, on its own data.",
 }
 
 
@@ -187,9 +187,9 @@ def estimate(terms: list[tuple[int, pd.Series]], metric: str, cells: list[pd.Ser
     return inference.paired(terms)
 
 
-def format_estimate(e: inference.Estimate, metric: str) -> str:
-    """With its 95% interval; of training losses as a ratio."""
-    half = e.half()  # NaN where there is no spread to tell
+def format_estimate(e: inference.Estimate, metric: str, level: float = 0.95) -> str:
+    """With its confidence interval; of training losses as a ratio."""
+    half = e.half(level)  # NaN where there is no spread to tell
     if metric.startswith("train_loss"):
         ratio, low, high = (math.exp(value) for value in (e.mean, e.mean - half, e.mean + half))
         return f"× {ratio:.3g}" + ("" if math.isnan(half) else f" ({low:.3g} to {high:.3g})")
@@ -297,18 +297,19 @@ def format_cells(table: Table, found: pd.DataFrame) -> pd.DataFrame:
             if first and not yours:
                 out[f"mark: {metric.title}"] = [cell["mark"] if isinstance(cell["mark"], str) else "" for cell in part]
         elif any(cell["against"] for cell in part) and not yours:
-            out[f"change: {metric.title}"] = [cell["shown"] if isinstance(cell["shown"], str) else "" for cell in part]
-            if first and any(not pd.isna(cell["paper_change"]) for cell in part):
-                one = lambda value: inference.Estimate(value, math.nan, 1, 0)
-                out[f"the paper's change: {metric.title}"] = [
-                    "" if pd.isna(cell["paper_change"]) else format_estimate(one(cell["paper_change"]), metric.name) for cell in part
-                ]
+            changes = []
+            for cell in part:
+                said = [cell["shown"]] if isinstance(cell["shown"], str) else []
+                if not pd.isna(cell["paper_change"]):
+                    said.append(f"paper {format_estimate(inference.Estimate(cell['paper_change'], math.nan, 1, 0), metric.name)}")
+                changes.append("; ".join(said))
+            out[f"change: {metric.title}"] = changes
     return out
 
 
 def heading(title: str) -> str:
     """A column's title: what belongs to the column before needs no name of its own."""
-    for short in ("ours", "paper", "mark", "change", "the paper's change"):
+    for short in ("ours", "paper", "mark", "change"):
         if title.startswith(f"{short}: "):
             return "" if short == "mark" else short
     return title
