@@ -41,7 +41,7 @@ MISSED = (
 NOTES = {  # of each cell that is more than 15% off, and of what the column says
     "imagenet": "AR-SGD: the paper's 420 is compute and a whole ring one after the other. Double-averaging over Local SGD: an average of"
     " two blocks every 12 iterations cannot cost 111 ms per iteration more than Local SGD; over SGP the paper's costs 98 more, about one "
-    "message. Both fit buffers that are exchanged at every iteration, which is not what averaging every τ says.",
+    "message. Both times fit buffers that are exchanged in every iteration; the paper's text says every τ.",
     "wmt16": "Its 1225 ms are no anomaly: a row of 840 MB takes 0.7 s on 10 Gbit/s.",
 }
 
@@ -210,8 +210,8 @@ def hidden(start: str, paper: float, during: float, after: float) -> str:
         return f"{words}: the paper's hides all that buckets can."
     return (
         f"{words}: the paper's hides {100 * (after - paper) / (after - 1):.0f}% of its message and waits for the rest. Buckets sent during "
-        "backward would hide more, a message that is waited for at once nothing: it fits one whole message that leaves when the step is "
-        "done and is waited for before the next forward pass, while a batch is read."
+        "backward would hide more; waiting at once would hide nothing. What fits is one whole message that leaves when the step is done, "
+        "while the next batch is read, and is waited for before the next forward pass."
     )
 
 
