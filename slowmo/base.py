@@ -66,11 +66,7 @@ class LocalSGD:
     @torch.no_grad()
     def start(self, lr: float | None = None, average: str | None = None, fragment: int | None = None) -> None:
         """A step begins, with learning rate `lr` (default: those of the parameter groups). Once more: its gradients come anew."""
-        if self.replicas.check():
-            if self.steps:
-                raise RuntimeError("weights were written from outside in mid-training: call rebase() after, or write before the first step")
-            self.replicas.forget()
-        self.replicas.accept_writes()
+        self.accept()
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -95,8 +91,21 @@ class LocalSGD:
         self.replicas.remember()
         self.steps += 1
 
+    def accept(self) -> None:
+        """Rows follow weights that were written before the first step, or when a state is loaded. RuntimeError for later ones."""
+        if self.replicas.check():
+            if self.steps:
+                raise RuntimeError(
+                    "weights were written from outside in mid-training: call accept() after a clamp or the like, rebase() where training "
+                    "begins anew from them, or write before the first step"
+                )
+            self.replicas.forget()
+        self.replicas.accept_writes()
+
     def rebase(self) -> None:
-        """Go on from the weights as they are now, whoever wrote them."""
+        """Go on from the weights as they are now, whoever wrote them. A step that has been started begins anew."""
+        if self.started:
+            self.drop()
         self.replicas.forget()
         self.replicas.accept_writes()
 

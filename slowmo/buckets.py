@@ -57,6 +57,9 @@ class Segment:
         self.grad = torch.zeros_like(self.x, requires_grad=False)
         self.members: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         self._memory: list[tuple[int, torch.dtype]] = []
+        self._homes: list[int] = []  # addresses of the gradients
+        # of members of another dtype, what the mean looked like that they hold
+        self._shown: dict[int, tuple[int, int, int]] = {}
         self._clean, self._taken = self.grad._version, False
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
@@ -72,6 +75,7 @@ class Segment:
                 p.grad = None
             self.members.append((p, x, g))
             self._memory.append((p.data_ptr(), p.dtype))
+            self._homes.append(g.data_ptr())
 
     def in_place(self) -> bool:
         """Whether the first worker's parameters are still what they were made: not moved, cast or given other memory."""
@@ -84,25 +88,40 @@ class Segment:
                 x.copy_(p.detach())
 
     def gather_grads(self) -> None:
-        """Bring home gradients that are not views: those of another dtype, and where a zero_grad of the user's replaced them."""
-        written = self.has_gradient
-        found = False
-        for p, _, g in self.members:
-            if p.grad is g:
+        """Bring home gradients that are not views: those of another dtype, and those that the user replaced or took away."""
+        written, found = self.has_gradient, False
+        for k, (p, x, g) in enumerate(self.members):
+            shown = self._shown.pop(k, None)
+            if p.grad is g and g.data_ptr() != self._homes[k] and g.dtype == x.dtype:  # by p.grad.data = ...
+                row, place = divmod(k, len(self.places))
+                home = self.places[place].of(self.grad, row)
+                self.members[k] = p, x, home
+                found = True
+                home.copy_(g)
+                p.grad = g = home
+            elif p.grad is g or shown and shown == _seen(p.grad):
                 found |= written
             elif p.grad is None:
-                if written and p.dtype == g.dtype:
+                if written and (p.dtype == g.dtype or shown):
                     g.zero_()
-                found |= written and p.dtype != g.dtype
+                else:
+                    found |= written and p.dtype != g.dtype
             elif p.grad.layout != torch.strided:
                 raise ValueError("a gradient is sparse: build the layer with sparse=False, rows are dense")
             else:
                 found = True
-                g.copy_(p.grad) if p.dtype == g.dtype else g.add_(p.grad)
+                g.copy_(p.grad) if p.dtype == g.dtype or shown else g.add_(p.grad)
             if p.grad is not g:
                 p.grad = g if p.dtype == g.dtype else None
         if not found:
             self._clean = self.grad._version
+
+    def show_grads(self) -> None:
+        """Parameters of another dtype hold their gradients too, for whoever reads or clips them, until `gather_grads`."""
+        for k, (p, x, g) in enumerate(self.members):
+            if p.dtype != x.dtype:
+                p.grad = g.to(p.dtype)
+                self._shown[k] = _seen(p.grad)
 
     @property
     def has_gradient(self) -> bool:
@@ -256,6 +275,10 @@ class Handover:
     def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
         """Hand on everything that is left. before_advancing: called when all gradients are final."""
         self._send_all()
+        if self.reduce and not self.overlap:
+            self.settle()
+            for segment in self.replicas.segments:
+                segment.gather_grads()  # what was done to the means
         if before_advancing:
             self.settle()
             before_advancing()
@@ -279,18 +302,18 @@ class Handover:
         return self.first_waiting > 0 or self.overlap and self.first_unsent > 0
 
     @torch.no_grad()
-    def _arrived(self, bucket: Bucket, during_backward: bool = True) -> None:
+    def _arrived(self, index: int, during_backward: bool = True) -> None:
         if not self.enabled and self.starter:
             self.starter()
         if not self.enabled or self.paused or not (self.overlap or self.reduce):
             return
-        if bucket.index < self.first_unsent:
+        if index < self.first_unsent:
             raise RuntimeError(
                 "a gradient arrived for a bucket that has gone: more backward passes than declared, or a layer shared by reentrant "
                 "checkpoints. Say accumulate=k for k passes per step, put all but the last under no_sync(), or call step() after each"
             )
         self.touched = True
-        self.missing[bucket.index] -= 1
+        self.missing[index] -= 1
         while self.first_unsent < len(self.buckets) and self.missing[self.first_unsent] <= 0:
             self._send()
         graph = torch._C._current_graph_task_id()
@@ -308,6 +331,8 @@ class Handover:
             self._send_all()
         if self.first_unsent == len(self.buckets):
             self.settle()
+            for segment in self.replicas.segments:
+                segment.show_grads()
 
     def _send_all(self) -> None:
         while self.first_unsent < len(self.buckets):
@@ -333,6 +358,11 @@ class Handover:
         bucket = self.buckets[self.first_waiting]
         self.first_waiting += 1
         self.advance(bucket)
+
+
+def _seen(grad: torch.Tensor | None) -> tuple[int, int, int]:
+    """What changes when somebody puts another gradient there, writes to it, or gives it other memory."""
+    return (id(grad), grad._version, grad.data_ptr()) if grad is not None else (0, 0, 0)
 
 
 def _rounded(size: int, unit: int) -> int:

@@ -93,21 +93,24 @@ class SegmentOptimizer:
                 if any(segment.group == number for segment in bucket.segments)
             ]
             self.twins.append(self._twin(groups))
+        self._pulled: list[list[dict[str, Any]]] = [[{} for _ in twin.param_groups] for twin in self.twins]
         self._groups = [sorted({segment.group for segment in bucket.segments}) for bucket in replicas.buckets]
         for segment in replicas.segments:
             self._import(segment)
 
     def pull(self) -> None:
         """Take learning rates, momenta, ... from the user's groups."""
-        for twin, numbers in zip(self.twins, self._groups):
-            for mine, number in zip(twin.param_groups, numbers):
-                mine.update({k: v for k, v in self.optimizer.param_groups[number].items() if k != "params"})
+        for twin, numbers, pulled in zip(self.twins, self._groups, self._pulled):
+            for k, (mine, number) in enumerate(zip(twin.param_groups, numbers)):
+                pulled[k] = {k: v for k, v in self.optimizer.param_groups[number].items() if k != "params"}
+                mine.update(pulled[k])
 
     def push(self) -> None:
-        """Give back what a step has counted in groups."""
-        for twin, numbers in zip(reversed(self.twins), reversed(self._groups)):
-            for mine, number in zip(twin.param_groups, numbers):
-                self.optimizer.param_groups[number].update({k: v for k, v in mine.items() if k != "params"})
+        """Give back what a step has counted in groups, and no more: the user may have changed the rest since `pull`."""
+        for twin, numbers, pulled in zip(reversed(self.twins), reversed(self._groups), reversed(self._pulled)):
+            for mine, number, before in zip(twin.param_groups, numbers, pulled):
+                counted = {k: v for k, v in mine.items() if k != "params" and not (k in before and before[k] is v)}
+                self.optimizer.param_groups[number].update(counted)
 
     def step(self, bucket: Bucket) -> None:
         """Step a bucket's segments."""
@@ -140,8 +143,20 @@ class SegmentOptimizer:
 
     def average(self, segment: Segment) -> None:
         """Average what is per element over all workers; counters are the same everywhere and stay."""
-        for block in self.blocks(segment).values():
+        if self.skip_missing and self.replicas.cluster.world_size > 1:
+            self._complete(segment)
+        for _, block in sorted(self.blocks(segment).items()):
             block.copy_(self.replicas.cluster.mean(block))
+
+    def _complete(self, segment: Segment) -> None:
+        """A rank where no gradient has arrived so far has no state, and takes part with zeros."""
+        mine = self.state.get(segment.x, {})
+        counters = {key: value for key, value in mine.items() if not per_element(key, value, segment.x)}
+        for names, others in self.replicas.cluster.all_gather_object((list(self.blocks(segment)), counters)):
+            for name in names:
+                self.state[segment.x].setdefault(name, torch.zeros_like(segment.x, requires_grad=False))
+            for key, value in others.items():
+                self.state[segment.x].setdefault(key, value)
 
     # --- by parameter name, for checkpoints ---
 
@@ -159,7 +174,13 @@ class SegmentOptimizer:
         return own, shared
 
     def load(self, row: int, own: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> None:
-        """The inverse of `named`, for one worker; with row 0 what was there before is dropped."""
+        """The inverse of `named`, for one worker; with row 0 what was there before is dropped. ValueError, before that, for parameters
+        of a segment that have taken different numbers of steps."""
+        for segment in self.replicas.segments if row == 0 else ():
+            counted: dict[str, Any] = {}
+            for place in segment.places:
+                for key, value in entries(place.name, shared):
+                    _same(place.name, key, value, counted.setdefault(key, value))
         for segment in self.replicas.segments:
             if row == 0:
                 self.state.pop(segment.x, None)
@@ -184,11 +205,8 @@ class SegmentOptimizer:
         group = self.optimizer.param_groups[segment.group]
         if isinstance(value, torch.Tensor) and (group.get("capturable") or group.get("fused")):
             value = value.to(segment.x.device)
-        if before is not None and not torch.equal(torch.as_tensor(before), torch.as_tensor(value)):
-            raise ValueError(
-                f"{name} has {key} = {float(value)} and a neighbour in its segment {float(before)}: parameters that have taken different "
-                "numbers of steps need parameter groups of their own"
-            )
+        if before is not None:
+            _same(name, key, value, before)
         state[key] = value
 
     def _import(self, segment: Segment) -> None:
@@ -247,10 +265,18 @@ class WholeOptimizer:
                 self.optimizer.state[p] = copy.deepcopy(self._at_first[p])
 
     def average(self, segment: Segment) -> None:
-        for p, _, _ in segment.members:
-            for value in self.optimizer.state.get(p, {}).values():
+        cluster, mine = self.replicas.cluster, {}
+        for k, (p, _, _) in enumerate(segment.members):
+            for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
-                    value.copy_(self.replicas.cluster.mean(value.reshape(1, -1)).view(value.shape))
+                    mine[k, key] = value
+        shapes = {name: value.shape for name, value in mine.items()}
+        if self.skip_missing and cluster.world_size > 1:  # where no gradient has arrived so far there is no state, and zeros take part
+            shapes = {name: shape for other in cluster.all_gather_object(shapes) for name, shape in other.items()}
+        for name, shape in sorted(shapes.items()):
+            mean = cluster.mean(mine[name].reshape(1, -1) if name in mine else segment.x.new_zeros(1, shape.numel()))
+            if name in mine:
+                mine[name].copy_(mean.view(shape))
 
     def named(self, row: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         own: dict[str, torch.Tensor] = {}
@@ -263,6 +289,14 @@ class WholeOptimizer:
         for segment in self.replicas.segments:
             for place, (p, _, _) in zip(segment.places, segment.members):
                 self.optimizer.state[p] = {key: value.clone() for key, value in entries(place.name, own | shared)}
+
+
+def _same(name: str, key: str, value: Any, neighbours: Any) -> None:
+    if not torch.equal(torch.as_tensor(value), torch.as_tensor(neighbours)):
+        raise ValueError(
+            f"{name} has {key} = {float(value)} and a neighbour in its segment {float(neighbours)}: parameters that have taken different "
+            "numbers of steps need parameter groups of their own"
+        )
 
 
 def per_element(key: str, value: Any, like: torch.Tensor) -> bool:

@@ -6,7 +6,9 @@ optimizer = slowmo.SlowMo(model, optimizer, base="sgp", tau=12, beta=0.6)
 
 import contextlib
 import copy
+import functools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ import torch
 from slowmo import base as bases
 from slowmo import outer
 from slowmo.cluster import Cluster
-from slowmo.inner import ELEMENTWISE, check, entries, per_element
+from slowmo.inner import ELEMENTWISE, WholeOptimizer, check, entries, per_element
 from slowmo.replicas import Replicas, agree
 from slowmo.topology import Graph
 
@@ -67,16 +69,21 @@ class SlowMo(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups  # the user's own list
         self.inner_optimizer, self.model, self.cluster = optimizer, model, cluster
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # they see whole steps
-            setattr(self, hooks, getattr(optimizer, hooks))
-            setattr(optimizer, hooks, type(getattr(optimizer, hooks))())
         if cluster.world_size > 1:
             given = (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, type(optimizer).__name__)
             agree(cluster, "SlowMo", given)
         self.replicas = Replicas(model, cluster, self.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate)
-        algorithm = BASES[base](self.replicas, optimizer, overlap=overlap, elementwise=elementwise, **options)
+        try:
+            algorithm = BASES[base](self.replicas, optimizer, overlap=overlap, elementwise=elementwise, **options)
+            made = outer.SlowMo(algorithm, tau, alpha, beta, buffers, exact)
+        except ValueError:
+            self.replicas.release()
+            raise
         algorithm.inner.skip_missing = True
-        self.algorithm = outer.SlowMo(algorithm, tau, alpha, beta, buffers, exact)
+        self.algorithm = made
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):  # they see whole steps
+            setattr(self, hooks, getattr(optimizer, hooks))
+            setattr(optimizer, hooks, type(getattr(optimizer, hooks))())
         self._stands_in_for = {p: (segment, place) for segment in self.replicas.segments
                                for (p, _, _), place in zip(segment.members, segment.places)}  # fmt: skip
         algorithm.handover.starter = self.algorithm.start
@@ -96,8 +103,12 @@ class SlowMo(torch.optim.Optimizer):
         """
         if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError("the model is wrapped in DistributedDataParallel, which averages gradients every step: train the bare one")
-        handover = self.algorithm.base.handover
-        if not self.algorithm.base.started:
+        if not any(p.requires_grad for p in self._stands_in_for):
+            return  # a discriminator, while its generator learns
+        base, handover = self.algorithm.base, self.algorithm.base.handover
+        if base.started and not self.steps and not handover.touched and self.replicas.check():
+            base.drop()  # weights were loaded after a forward pass that nothing followed
+        if not base.started:
             self.algorithm.start()
         elif handover.touched and self.replicas.accumulate == 1 and not handover.half_done:
             handover.rearm()  # gradients were averaged and more are to be added to them; or backward has failed
@@ -114,6 +125,7 @@ class SlowMo(torch.optim.Optimizer):
         self.inner_optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that was built on it
         return loss
 
+    @torch.no_grad()
     def _skips(self) -> bool:
         """With a GradScaler: gradients are unscaled; or, where any rank has found an infinite one, dropped, and no rank takes the step."""
         found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -125,6 +137,7 @@ class SlowMo(torch.optim.Optimizer):
         base.handover.settle()
         if self.cluster.all_reduce_max(int(bool(found))):
             self.zero_grad()
+            base.drop()
             return True
         if scale is not None:
             for segment in self.replicas.segments:
@@ -133,6 +146,7 @@ class SlowMo(torch.optim.Optimizer):
                     segment.grad.div_(scale)
         return False
 
+    @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """A new step begins: gradients are zero, what a failed backward left is dropped. They stay views, whatever `set_to_none` says.
 
@@ -154,21 +168,26 @@ class SlowMo(torch.optim.Optimizer):
         finally:
             handover.paused = before
 
+    @torch.inference_mode(False)
     def averaged_model(self) -> torch.nn.Module:
         """A copy of the model in eval mode with the exact average of all workers, buffers (BatchNorm statistics) included. A collective.
 
-        The copy is the caller's: as many numbers as the model has.
+        The copy is the caller's. What is frozen is this rank's.
         """
-        return copy.deepcopy(self.replicas.materialize(self.algorithm.base.average(), self.replicas.mean_buffers()))
+        self._look()
+        return self.replicas.filled(copy.deepcopy(self.model), self.algorithm.base.average(), self.replicas.mean_buffers())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
         """The model holds the exact average of all workers inside, and its own iterate again afterwards. A collective.
 
-        In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a forward pass and its step.
+        In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a backward pass and its step.
         """
         if self.algorithm.base.started:
-            raise RuntimeError("averaged() between a forward pass in training mode and its step: call step() first")
+            if self.algorithm.base.handover.touched:
+                raise RuntimeError("averaged() between a backward pass and its step: call step() first")
+            self.algorithm.base.drop()  # a forward pass that nothing followed
+        loaded = self._look()
         x, buffers = self.algorithm.base.average(), self.replicas.mean_buffers()
         own, model_buffers = [segment.x.detach().clone() for segment in self.replicas.segments], self.replicas.buffers()[0]
         own_buffers = {name: buffer.clone() for name, buffer in model_buffers.items()}
@@ -177,8 +196,20 @@ class SlowMo(torch.optim.Optimizer):
             yield self.model
         finally:
             self._write(own, own_buffers)
-            self.replicas.remember()
+            self.replicas.forget() if loaded else self.replicas.remember()
 
+    def _look(self) -> bool:
+        """Before rows are read: they follow weights that were written. Whether more may be written, since a state was loaded.
+
+        RuntimeError for weights that were written in mid-training.
+        """
+        loaded = self.replicas.forgotten
+        if not self.steps and self.replicas.check():
+            self.algorithm.slow = None  # x0 is taken when the step begins
+        self.algorithm.base.accept()
+        return loaded
+
+    @torch.inference_mode(False)
     def rebase(self) -> None:
         """Go on from the weights as they are now, after they were written from outside: x0 is their average, the slow momentum 0.
 
@@ -186,17 +217,27 @@ class SlowMo(torch.optim.Optimizer):
         """
         self.algorithm.rebase()
 
+    def accept(self) -> None:
+        """Go on from the weights as they are now, after a clamp or a norm of the loop's own: they are this worker's iterate, and x0
+        and the slow momentum stay."""
+        self.algorithm.base.rebase()
+
     # --- state, per parameter as torch has it ---
 
     @property  # type: ignore[override]  # torch's is an attribute
     def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
-        """Of each parameter: the optimizer's state and, as `slowmo_x0` and `slowmo_u`, SlowMo's. To write, use load_state_dict."""
+        """Of each parameter: the optimizer's state and, as `slowmo_x0` and `slowmo_u`, SlowMo's; of one in a narrower dtype also the
+        row, `slowmo_x`. To write, use load_state_dict."""
         if getattr(self, "algorithm", None) is None:  # torch's constructor asks; Lightning's wrappers have our class and not our __dict__
             return {}
-        own, shared = self.algorithm.base.inner.named(0)
-        out = {}
+        whole = isinstance(self.algorithm.base.inner, WholeOptimizer)
+        own, shared = ({}, {}) if whole else self.algorithm.base.inner.named(0)
+        out: defaultdict[torch.nn.Parameter, dict[str, Any]] = defaultdict(dict)
         for p, (segment, place) in self._stands_in_for.items():
-            found: dict[str, Any] = dict(entries(place.name, own)) | {key: value.clone() for key, value in entries(place.name, shared)}
+            found: dict[str, Any] = dict(self.inner_optimizer.state.get(p, {})) if whole else dict(entries(place.name, own))
+            found |= {key: value.clone() for key, value in entries(place.name, shared)}
+            if p.dtype != segment.x.dtype:
+                found["slowmo_x"] = place.of(segment.x.detach(), 0)
             if self.algorithm.slow:
                 blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
                 found |= {f"slowmo_{key}": place.of(block, 0) for key, block in blocks}
@@ -211,9 +252,11 @@ class SlowMo(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """In torch's layout. Each rank's own: save every rank's. The groups have `slowmo_steps` and `slowmo_w`, the push-sum weight."""
         out = super().state_dict()
-        out["state"] = {k: {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in s.items()} for k, s in out["state"].items()}
+        copied = lambda v: v.clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v)
+        out["state"] = {k: {n: copied(v) for n, v in s.items()} for k, s in out["state"].items()}
         return out
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A state of `state_dict`, or of the wrapped optimizer in plain torch: then x0 is taken at the next forward pass.
@@ -230,6 +273,9 @@ class SlowMo(torch.optim.Optimizer):
         own: dict[str, torch.Tensor] = {}
         shared: dict[str, torch.Tensor] = {}
         slow: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        wide: dict[torch.nn.Parameter, torch.Tensor] = {}
+        kept: dict[torch.Tensor, dict[str, Any]] = {}  # of an optimizer that is not elementwise, as it is
+        whole = isinstance(self.algorithm.base.inner, WholeOptimizer)
         known = type(self.inner_optimizer) in ELEMENTWISE
         for number, found in state_dict["state"].items():
             p = order[number]
@@ -239,7 +285,12 @@ class SlowMo(torch.optim.Optimizer):
                 if key.startswith("slowmo_"):
                     if value.shape != p.shape:
                         raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
-                    slow.setdefault(p, {})[key.removeprefix("slowmo_")] = value
+                    if key == "slowmo_x":
+                        wide[p] = value
+                    else:
+                        slow.setdefault(p, {})[key.removeprefix("slowmo_")] = value
+                elif whole:
+                    kept.setdefault(p, {})[key] = copy.deepcopy(value)
                 elif known and isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
                     raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
                 elif value is not None:
@@ -250,6 +301,11 @@ class SlowMo(torch.optim.Optimizer):
         if base.started:
             base.drop()
         base.inner.load(0, own, shared)
+        if whole:
+            self.inner_optimizer.state.update(kept)
+        for p, value in wide.items():
+            segment, place = self._stands_in_for[p]
+            place.of(segment.x.detach(), 0).copy_(value)
         self.algorithm.slow = None
         if slow:
             blank = self.algorithm.blank()
@@ -258,7 +314,7 @@ class SlowMo(torch.optim.Optimizer):
                     place.of(block, 0).copy_(slow[p][key])
         extra = groups[0]
         for mine, saved in zip(self.param_groups, groups):
-            mine.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+            mine.update({k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")})
         if hasattr(base, "w"):
             base.w = torch.full_like(base.w, extra.get("slowmo_w", 1.0))
         base.steps = int(extra.get("slowmo_steps", 0))
@@ -289,6 +345,13 @@ class SlowMo(torch.optim.Optimizer):
         # a scheduler that was built on it before finds what it looks for
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch marks a function, too
         optimizer.step = step  # type: ignore[method-assign]  # of this one object, not of its class
+        # its state is ours, and it learns of no parameter that we do not know
+        for name in ("state_dict", "load_state_dict", "add_param_group"):
+            ours = weakref.WeakMethod(getattr(self, name))
+            setattr(optimizer, name, functools.partial(_through, ours))
+
+    def __getstate__(self) -> NoReturn:
+        raise RuntimeError("a SlowMo cannot be pickled or copied, as it holds views of the model and a process group: save state_dict()")
 
     def _write(self, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -297,6 +360,13 @@ class SlowMo(torch.optim.Optimizer):
                 segment.written()
             for name, buffer in self.replicas.buffers()[0].items():
                 buffer.copy_(buffers[name])
+
+
+def _through(method: Callable[[], Callable[..., Any] | None], *args: Any, **kwargs: Any) -> Any:
+    found = method()
+    if found is None:
+        raise RuntimeError("this optimizer was wrapped in a SlowMo that is gone: build a new one")
+    return found(*args, **kwargs)
 
 
 class _BeforeForward:

@@ -1,6 +1,8 @@
 """The only place where nn.Module meets rows."""
 
 import copy
+import gc
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,7 +12,8 @@ import torch
 from slowmo.buckets import Bucket, Segment, cut, fragments
 from slowmo.cluster import Cluster
 
-_OWNED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models in the hands of a Replicas
+# models in the hands of a Replicas
+_OWNERS: weakref.WeakKeyDictionary[torch.nn.Module, "weakref.ref[Replicas]"] = weakref.WeakKeyDictionary()
 
 
 class Replicas:
@@ -42,7 +45,7 @@ class Replicas:
             raise ValueError(f"num_fragments={num_fragments} is a whole number >= 1")
         if not bucket_cap_mb > 0 or accumulate < 1:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb} and accumulate={accumulate}: a positive size, and at least one backward pass")
-        if model in _OWNED:
+        if _owned(model):
             raise ValueError("this model is already in the hands of another SlowMo or Replicas: wrap it once, or a copy of it")
         cluster = cluster or Cluster(device=trained[0].device)
         if trained[0].is_meta and cluster.device.type != "meta":
@@ -58,7 +61,7 @@ class Replicas:
                 cluster.broadcast(fixed)
         self.cluster, self.models, self.accumulate, self.loss_scale, self.dtype = cluster, [model], accumulate, loss_scale, dtype
         self.models += [copy.deepcopy(model) for _ in cluster.local_workers[1:]]
-        _OWNED.add(model)
+        _OWNERS[model] = weakref.ref(self)
         self.num_fragments = num_fragments
         self.numel = sum(p.numel() for p in trained)
         limit = bucket_cap_mb if cluster.world_size > 1 else float("inf")
@@ -67,7 +70,7 @@ class Replicas:
         )
         self.segments: list[Segment] = [segment for bucket in self.buckets for segment in bucket.segments]
         self._copy: torch.nn.Module | None = None
-        self._hooks: list[Callable[..., None]] = []
+        self._hooks: list[Callable[[], Callable[..., None] | None]] = []
         for row, replica in enumerate(self.models):
             parameters = [p for p in replica.parameters() if _trained(p)]
             for segment in self.segments:
@@ -106,6 +109,10 @@ class Replicas:
         """Whatever is written until the next step is welcome."""
         self._versions = None
 
+    @property
+    def forgotten(self) -> bool:
+        return self._versions is None
+
     def accept_writes(self) -> None:
         """Where `forget` said so, or nothing has been remembered yet: the parameters as they are now are the rows."""
         if self._versions is None:
@@ -116,20 +123,34 @@ class Replicas:
     def _now(self) -> list[int]:
         return [p._version for segment in self.segments for p, _, _ in segment.members[: len(segment.places)]]
 
+    def release(self) -> None:
+        """The first model is nobody's again, and may be wrapped anew."""
+        _OWNERS.pop(self.models[0], None)
+        for segment in self.segments:
+            for p, _, _ in segment.members:
+                p.grad = None
+
     def register_grad_hook(self, call: Callable[..., None]) -> None:
-        """After backward has written a parameter's gradient: `call(bucket)`, once per parameter, replica and backward pass."""
-        self._hooks.append(call)
+        """After backward has written a parameter's gradient: `call(index)` of its bucket, once per parameter, replica and backward pass.
+        A method is held weakly, so that a model does not keep alive who wrapped it."""
+        found = weakref.WeakMethod(call) if inspect.ismethod(call) else lambda: call
+        self._hooks.append(found)
+
+        def hook(index: int) -> None:
+            if (method := found()) is not None:
+                method(index)
+
         for bucket in self.buckets:
             for segment in bucket.segments:
                 for p, _, _ in segment.members:
-                    p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: call(bucket))
+                    p.register_post_accumulate_grad_hook(lambda p, index=bucket.index: hook(index))
 
     def announce_grads(self) -> None:
         """Gradients of all replicas were written without backward's hooks: call these."""
-        for call in self._hooks:
+        for method in filter(None, (call() for call in self._hooks)):
             for bucket in self.buckets:
                 for _ in range(sum(len(segment.members) for segment in bucket.segments)):
-                    call(bucket, during_backward=False)
+                    method(bucket.index, during_backward=False)
 
     # --- parameters by name and as one row ---
 
@@ -182,12 +203,17 @@ class Replicas:
             self._copy = copy.deepcopy(self.models[0])
             for module in self._copy.modules():  # vectorize.py makes buffers parts of a stack, and copies would hold all of it
                 module._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-        parameters = dict(self._copy.named_parameters())
+        return self.filled(self._copy, x, buffers)
+
+    @torch.no_grad()
+    def filled(self, model: torch.nn.Module, x: list[torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.nn.Module:
+        """`model`, a copy of the first one, in eval mode with parameters `x` and `buffers`."""
+        parameters = dict(model.named_parameters())
         for name, value in self.named(x, 0).items():
             parameters[name].copy_(value)
-        for name, buffer in _kept(self._copy).items():
+        for name, buffer in _kept(model).items():
             buffer.copy_(buffers[name])
-        return self._copy.eval()
+        return model.eval()
 
 
 def recalibrate(model: torch.nn.Module, batches: Iterable[Any], forward: Callable[[torch.nn.Module, Any], Any]) -> None:
@@ -204,6 +230,12 @@ def recalibrate(model: torch.nn.Module, batches: Iterable[Any], forward: Callabl
     for module, momentum in zip(norms, momenta):
         module.momentum = momentum
         module.eval()
+
+
+def _owned(model: torch.nn.Module) -> bool:
+    """Whether whoever wrapped it is still there; who was let go lives in a cycle of references until the next collection."""
+    alive = lambda: model in _OWNERS and _OWNERS[model]() is not None
+    return alive() and (gc.collect(), alive())[1]
 
 
 def _trained(p: torch.Tensor) -> bool:

@@ -126,7 +126,7 @@ def order_of(m, base, shuffled, steps=4):
     advanced, arrived = [], []
     advance = algorithm.base._advance
     algorithm.base._advance = lambda bucket: advanced.append(bucket.index) or advance(bucket)
-    replicas.register_grad_hook(lambda bucket, during_backward=True: arrived.append(bucket.index))
+    replicas.register_grad_hook(lambda index, during_backward=True: arrived.append(index))
     out = []
     for step in range(steps):
         algorithm.start(0.1)
@@ -166,7 +166,7 @@ def test_a_bucket_waits_for_those_before_it():
     handover = algorithm.handover
     handover.enable(lambda piece: gone.append(piece.index), True)
     for index, expected in ((2, []), (0, [0]), (3, [0]), (1, [0, 1, 2, 3]), (7, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])):
-        handover._arrived(pieces[index])
+        handover._arrived(index)
         assert gone == expected
     handover.finish()
     assert gone == list(range(8))
