@@ -66,7 +66,7 @@ class LocalSGD:
     @torch.no_grad()
     def start(self, lr: float | None = None, average: str | None = None, fragment: int | None = None) -> None:
         """A step begins, with learning rate `lr` (default: those of the parameter groups). Once more: its gradients come anew."""
-        self.accept()
+        self.take_writes()
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -91,9 +91,11 @@ class LocalSGD:
         self.replicas.remember()
         self.steps += 1
 
-    def accept(self) -> None:
-        """Rows follow weights that were written before the first step, or when a state is loaded. RuntimeError for later ones."""
-        if self.replicas.check():
+    def take_writes(self, frozen: bool = False) -> None:
+        """Rows follow weights that were written before the first step, or when a state is loaded. RuntimeError for later ones.
+
+        frozen: parameters may be frozen just now, as nothing is trained."""
+        if self.replicas.check(frozen):
             if self.steps:
                 raise RuntimeError(
                     "weights were written from outside in mid-training: call accept() after a clamp or the like, rebase() where training "

@@ -58,8 +58,7 @@ class Segment:
         self.members: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         self._memory: list[tuple[int, torch.dtype]] = []
         self._homes: list[int] = []  # addresses of the gradients
-        # of members of another dtype, what the mean looked like that they hold
-        self._shown: dict[int, tuple[int, int, int]] = {}
+        self._shown: set[int] = set()  # numbers of the members of another dtype whose .grad is a copy of the mean
         self._clean, self._taken = self.grad._version, False
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
@@ -84,22 +83,22 @@ class Segment:
     def take_writes(self) -> None:
         """Where parameters of another dtype were written from outside, the row follows them."""
         for p, x, _ in self.members:
-            if p.dtype != x.dtype and not torch.equal(p.detach(), x.to(p.dtype)):
-                x.copy_(p.detach())
+            if p.dtype != x.dtype:  # element by element: those that nobody wrote keep their digits
+                x.copy_(torch.where(p.detach() == x.to(p.dtype), x, p.detach().to(x.dtype)))
 
     def gather_grads(self) -> None:
         """Bring home gradients that are not views: those of another dtype, and those that the user replaced or took away."""
         written, found = self.has_gradient, False
         for k, (p, x, g) in enumerate(self.members):
-            shown = self._shown.pop(k, None)
-            if p.grad is g and g.data_ptr() != self._homes[k] and g.dtype == x.dtype:  # by p.grad.data = ...
+            shown = k in self._shown
+            if p.grad is g and g.data_ptr() != self._homes[k] and p.dtype == x.dtype:  # by p.grad.data = ...
                 row, place = divmod(k, len(self.places))
                 home = self.places[place].of(self.grad, row)
                 self.members[k] = p, x, home
                 found = True
                 home.copy_(g)
                 p.grad = g = home
-            elif p.grad is g or shown and shown == _seen(p.grad):
+            elif p.grad is g or shown and p.grad is not None and torch.equal(p.grad, g.to(p.dtype)):  # as it was shown
                 found |= written
             elif p.grad is None:
                 if written and (p.dtype == g.dtype or shown):
@@ -113,6 +112,7 @@ class Segment:
                 g.copy_(p.grad) if p.dtype == g.dtype or shown else g.add_(p.grad)
             if p.grad is not g:
                 p.grad = g if p.dtype == g.dtype else None
+        self._shown.clear()
         if not found:
             self._clean = self.grad._version
 
@@ -121,7 +121,7 @@ class Segment:
         for k, (p, x, g) in enumerate(self.members):
             if p.dtype != x.dtype:
                 p.grad = g.to(p.dtype)
-                self._shown[k] = _seen(p.grad)
+                self._shown.add(k)
 
     @property
     def has_gradient(self) -> bool:
@@ -358,11 +358,6 @@ class Handover:
         bucket = self.buckets[self.first_waiting]
         self.first_waiting += 1
         self.advance(bucket)
-
-
-def _seen(grad: torch.Tensor | None) -> tuple[int, int, int]:
-    """What changes when somebody puts another gradient there, writes to it, or gives it other memory."""
-    return (id(grad), grad._version, grad.data_ptr()) if grad is not None else (0, 0, 0)
 
 
 def _rounded(size: int, unit: int) -> int:

@@ -150,13 +150,15 @@ class SegmentOptimizer:
 
     def _complete(self, segment: Segment) -> None:
         """A rank where no gradient has arrived so far has no state, and takes part with zeros."""
-        mine = self.state.get(segment.x, {})
-        counters = {key: value for key, value in mine.items() if not per_element(key, value, segment.x)}
-        for names, others in self.replicas.cluster.all_gather_object((list(self.blocks(segment)), counters)):
-            for name in names:
-                self.state[segment.x].setdefault(name, torch.zeros_like(segment.x, requires_grad=False))
+        blocks, mine = self.blocks(segment), self.state.get(segment.x, {})
+        counters = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in mine.items() if k not in blocks}
+        for dtypes, others in self.replicas.cluster.all_gather_object(({k: v.dtype for k, v in blocks.items()}, counters)):
+            for key, dtype in dtypes.items():
+                if key not in self.state[segment.x]:
+                    self.state[segment.x][key] = torch.zeros_like(segment.x, requires_grad=False, dtype=dtype)
             for key, value in others.items():
-                self.state[segment.x].setdefault(key, value)
+                if key not in self.state[segment.x]:
+                    self._put_scalar(segment, key, value, segment.places[0].name)
 
     # --- by parameter name, for checkpoints ---
 
@@ -270,11 +272,11 @@ class WholeOptimizer:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
                     mine[k, key] = value
-        shapes = {name: value.shape for name, value in mine.items()}
+        kinds = {name: (value.shape, value.dtype) for name, value in mine.items()}
         if self.skip_missing and cluster.world_size > 1:  # where no gradient has arrived so far there is no state, and zeros take part
-            shapes = {name: shape for other in cluster.all_gather_object(shapes) for name, shape in other.items()}
-        for name, shape in sorted(shapes.items()):
-            mean = cluster.mean(mine[name].reshape(1, -1) if name in mine else segment.x.new_zeros(1, shape.numel()))
+            kinds = {name: kind for other in cluster.all_gather_object(kinds) for name, kind in other.items()}
+        for name, (shape, dtype) in sorted(kinds.items(), key=lambda item: item[0]):
+            mean = cluster.mean(mine[name].reshape(1, -1) if name in mine else segment.x.new_zeros(1, shape.numel(), dtype=dtype))
             if name in mine:
                 mine[name].copy_(mean.view(shape))
 
@@ -288,7 +290,9 @@ class WholeOptimizer:
     def load(self, row: int, own: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> None:
         for segment in self.replicas.segments:
             for place, (p, _, _) in zip(segment.places, segment.members):
-                self.optimizer.state[p] = {key: value.clone() for key, value in entries(place.name, own | shared)}
+                self.optimizer.state.pop(p, None)
+                if found := entries(place.name, own | shared):
+                    self.optimizer.state[p] = {key: value.clone() for key, value in found}
 
 
 def _same(name: str, key: str, value: Any, neighbours: Any) -> None:

@@ -58,6 +58,8 @@ class SlowMo(torch.optim.Optimizer):
         if isinstance(optimizer, SlowMo):
             raise ValueError("the optimizer is a SlowMo: build a torch.optim optimizer over model.parameters()")
         check(optimizer)  # before the model is anybody's
+        if getattr(optimizer.__dict__.get("step"), "_of_slowmo", False):
+            raise ValueError("this optimizer is already in the hands of another SlowMo, which has its state: build a new one")
         options = {} if graph is None else {"graph": graph}
         if graph is not None and base not in ("sgp", "osgp", "dpsgd"):
             raise ValueError(f"base={base} has no graph: leave it out, or choose sgp, osgp or dpsgd")
@@ -73,11 +75,13 @@ class SlowMo(torch.optim.Optimizer):
             given = (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, type(optimizer).__name__)
             agree(cluster, "SlowMo", given)
         self.replicas = Replicas(model, cluster, self.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate)
+        kept = dict(optimizer.state)
         try:
             algorithm = BASES[base](self.replicas, optimizer, overlap=overlap, elementwise=elementwise, **options)
             made = outer.SlowMo(algorithm, tau, alpha, beta, buffers, exact)
-        except ValueError:
+        except Exception:
             self.replicas.release()
+            optimizer.state.update(kept)
             raise
         algorithm.inner.skip_missing = True
         self.algorithm = made
@@ -87,6 +91,8 @@ class SlowMo(torch.optim.Optimizer):
         self._stands_in_for = {p: (segment, place) for segment in self.replicas.segments
                                for (p, _, _), place in zip(segment.members, segment.places)}  # fmt: skip
         algorithm.handover.starter = self.algorithm.start
+        self._evaluating = False  # inside averaged()
+        self._at_start: list[int] = []  # versions of the gradients when a forward pass began the step
         self._count()
         model.register_forward_pre_hook(_BeforeForward(self))
         self._guard(optimizer)
@@ -106,10 +112,12 @@ class SlowMo(torch.optim.Optimizer):
         if not any(p.requires_grad for p in self._stands_in_for):
             return  # a discriminator, while its generator learns
         base, handover = self.algorithm.base, self.algorithm.base.handover
-        if base.started and not self.steps and not handover.touched and self.replicas.check():
+        gradients = [segment.grad._version for segment in self.replicas.segments]
+        if base.started and not self.steps and gradients == self._at_start and self.replicas.check():
             base.drop()  # weights were loaded after a forward pass that nothing followed
         if not base.started:
             self.algorithm.start()
+            self._at_start = [segment.grad._version for segment in self.replicas.segments]
         elif handover.touched and self.replicas.accumulate == 1 and not handover.half_done:
             handover.rearm()  # gradients were averaged and more are to be added to them; or backward has failed
 
@@ -174,40 +182,54 @@ class SlowMo(torch.optim.Optimizer):
 
         The copy is the caller's. What is frozen is this rank's.
         """
-        self._look()
-        return self.replicas.filled(copy.deepcopy(self.model), self.algorithm.base.average(), self.replicas.mean_buffers())
+        loading = self._look()
+        out = self.replicas.filled(copy.deepcopy(self.model), self.algorithm.base.average(), self.replicas.mean_buffers())
+        if loading:
+            self.replicas.forget()
+        return out
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
         """The model holds the exact average of all workers inside, and its own iterate again afterwards. A collective.
 
-        In training mode it stays in training mode: call model.eval() as usual. RuntimeError between a backward pass and its step.
+        In training mode it stays in training mode: call model.eval() as usual. A training forward pass that nothing has followed is
+        forgotten. RuntimeError where gradients are averaged, between a backward pass and its step.
         """
-        if self.algorithm.base.started:
-            if self.algorithm.base.handover.touched:
-                raise RuntimeError("averaged() between a backward pass and its step: call step() first")
-            self.algorithm.base.drop()  # a forward pass that nothing followed
-        loaded = self._look()
+        base = self.algorithm.base
+        if base.started and base.handover.touched:
+            raise RuntimeError("averaged() between a backward pass and its step: call step() first")
+        if len(set(self.cluster.all_gather_object(base.started))) > 1:
+            raise RuntimeError("averaged() between a training forward pass and its step on some ranks, not on others: call step() first")
+        if base.started:
+            base.drop()
+        outermost, loading = not self._evaluating, self._look()
         x, buffers = self.algorithm.base.average(), self.replicas.mean_buffers()
         own, model_buffers = [segment.x.detach().clone() for segment in self.replicas.segments], self.replicas.buffers()[0]
         own_buffers = {name: buffer.clone() for name, buffer in model_buffers.items()}
         self._write(x, buffers)
+        self._evaluating = True
         try:
             yield self.model
         finally:
             self._write(own, own_buffers)
-            self.replicas.forget() if loaded else self.replicas.remember()
+            if outermost:
+                self._evaluating = False
+                self.replicas.forget() if loading else self.replicas.remember()
 
     def _look(self) -> bool:
-        """Before rows are read: they follow weights that were written. Whether more may be written, since a state was loaded.
+        """Before rows are read: they follow weights that were written from outside. RuntimeError for those of mid-training.
 
-        RuntimeError for weights that were written in mid-training.
+        Returns whether a state is being loaded, so that weights may still be written after.
         """
-        loaded = self.replicas.forgotten
-        if not self.steps and self.replicas.check():
-            self.algorithm.slow = None  # x0 is taken when the step begins
-        self.algorithm.base.accept()
-        return loaded
+        if self._evaluating:
+            return False
+        loading, algorithm = self.replicas.forgotten, self.algorithm
+        if not self.steps and self.replicas.check(frozen=True):
+            if algorithm.base.started:
+                algorithm.base.drop()
+            algorithm.slow = None  # x0 is taken when the step begins
+        algorithm.base.take_writes(frozen=True)
+        return loading
 
     @torch.inference_mode(False)
     def rebase(self) -> None:
@@ -236,7 +258,7 @@ class SlowMo(torch.optim.Optimizer):
         for p, (segment, place) in self._stands_in_for.items():
             found: dict[str, Any] = dict(self.inner_optimizer.state.get(p, {})) if whole else dict(entries(place.name, own))
             found |= {key: value.clone() for key, value in entries(place.name, shared)}
-            if p.dtype != segment.x.dtype:
+            if self.algorithm.slow and p.dtype != segment.x.dtype:
                 found["slowmo_x"] = place.of(segment.x.detach(), 0)
             if self.algorithm.slow:
                 blocks = zip(self.algorithm.slow_names, self.algorithm.slow[segment])
@@ -290,7 +312,8 @@ class SlowMo(torch.optim.Optimizer):
                     else:
                         slow.setdefault(p, {})[key.removeprefix("slowmo_")] = value
                 elif whole:
-                    kept.setdefault(p, {})[key] = copy.deepcopy(value)
+                    moves = isinstance(value, torch.Tensor) and key != "step"
+                    kept.setdefault(p, {})[key] = value.to(p.device, copy=True) if moves else copy.deepcopy(value)
                 elif known and isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
                     raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
                 elif value is not None:
@@ -326,7 +349,7 @@ class SlowMo(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """ValueError after construction: what is trained is fixed then."""
         if getattr(self, "algorithm", None) is not None:
-            raise ValueError("parameters cannot be added to SlowMo: add the group to the optimizer, and wrap model and optimizer again")
+            raise ValueError("parameters cannot be added to SlowMo: build a new optimizer over all, and wrap model and optimizer again")
         super().add_param_group(param_group)
 
     def _count(self) -> None:
@@ -343,7 +366,7 @@ class SlowMo(torch.optim.Optimizer):
             raise RuntimeError("this optimizer is wrapped in SlowMo: call the SlowMo object's step() instead")
 
         # a scheduler that was built on it before finds what it looks for
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch marks a function, too
+        step._wrapped_by_lr_sched = step._of_slowmo = True  # type: ignore[attr-defined]  # torch marks a function, too
         optimizer.step = step  # type: ignore[method-assign]  # of this one object, not of its class
         # its state is ours, and it learns of no parameter that we do not know
         for name in ("state_dict", "load_state_dict", "add_param_group"):

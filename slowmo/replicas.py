@@ -86,10 +86,11 @@ class Replicas:
 
     # --- what the engine asks ---
 
-    def check(self) -> bool:
+    def check(self, frozen: bool = False) -> bool:
         """Whether somebody else has written to the first model's parameters since `remember`.
 
         RuntimeError where parameters were moved, cast, replaced, frozen or freed after they became views: training would do nothing.
+        frozen: not for those that are frozen or freed.
         """
         parameters = list(self.models[0].parameters())
         if [id(p) for p in parameters] != self._parameters or not all(segment.in_place() for segment in self.segments):
@@ -97,7 +98,7 @@ class Replicas:
                 "a parameter was moved, cast, added or replaced after it was wrapped, training would do nothing: change the model "
                 "(to(...), double(), a new layer, load_state_dict(assign=True)) before wrapping it, and wrap model and optimizer anew after"
             )
-        if [_trained(p) for p in parameters] != self._trained:
+        if not frozen and [_trained(p) for p in parameters] != self._trained:
             raise RuntimeError("a parameter was frozen or freed after it was wrapped: wrap model and optimizer anew")
         return self._versions is not None and self._versions != self._now()
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from loops import IDLE, batch, loss_of, net, train, weights, wrapped
+from loops import IDLE, batch, loss_of, net, plain, train, weights, wrapped
 from processes import spawn
 from torch import nn
 
@@ -51,13 +51,16 @@ def after_backward(options, change):
             p.grad = p.grad.clamp(-1e-3, 1e-3)
         elif change == "data":
             p.grad.data = p.grad.data.clamp(-1e-3, 1e-3)
-        elif change == "gone":
+        elif change == "data in place":
+            p.grad.data.clamp_(-1e-3, 1e-3)
+        elif change in ("gone", "another"):
             p.grad = None
+            p.grad = torch.full_like(p, 1e-3) if change == "another" else None  # perhaps in the same memory
     made.step()
     return float((weights(model) - before).abs().max()), norm
 
 
-@pytest.mark.parametrize("change", ["clip", "new", "data", "gone"])
+@pytest.mark.parametrize("change", ["clip", "new", "data", "data in place", "another", "gone"])
 @AVERAGING
 def test_what_is_done_to_averaged_gradients_counts(options, change):
     """In every dtype, however it is done."""
@@ -98,7 +101,8 @@ def test_gradients_of_gradients():
         loss_of(model, step).backward(create_graph=True)
         made.step()
         made.zero_grad()
-    assert made.steps == 3
+    reference, other = plain("sgd")
+    assert made.steps == 3 and torch.equal(weights(model), train(reference, other, 3))
 
 
 # --- buffers="average" where ranks train different parts ---
@@ -153,24 +157,27 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 0.5)
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p, dtype=torch.float32))
+                    momentum.lerp_(p.grad.float(), 0.5)
                     p.sub_(momentum.sign(), alpha=group["lr"])
 
 
-def whole_average(sizes):
-    model, rank = Heads(sizes), dist.get_rank()
-    made = slowmo.SlowMo(model, Lion(model.parameters()), base="local_sgd", tau=2, beta=0.0, buffers="average", timeout=20)
+def whole_average(sizes, dtype):
+    model, rank = Heads(sizes).to(dtype), dist.get_rank()
+    groups = [{"params": part.parameters()} for part in (model.body, *model.heads)]
+    made = slowmo.SlowMo(model, Lion(groups), base="local_sgd", tau=2, beta=0.0, buffers="average", timeout=20)
     for _ in range(2):
         made.zero_grad()
-        model(torch.ones(8, 4), rank).sum().backward()
+        model(torch.ones(8, 4, dtype=dtype), rank).sum().backward()
         made.step()
-    return {head: made.state[part.weight].get("momentum") for head, part in enumerate(model.heads)}
+    return [made.state[part.bias].get("momentum") for part in model.heads]
 
 
-def test_buffers_of_an_optimizer_that_is_not_elementwise_too():
-    for rank, found in enumerate(spawn(whole_average, 2, (4, 7))):
-        assert found[rank].abs().min() > 0 and found[1 - rank] is None or found[1 - rank].abs().min() > 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_buffers_of_an_optimizer_that_is_not_elementwise_too(dtype):
+    """What a rank has is averaged with the zeros of the one that has none: its momentum of 8, over two steps, is 4 and 6."""
+    for rank, found in enumerate(spawn(whole_average, 2, (4, 7), dtype)):
+        assert torch.equal(found[rank], torch.full(((4, 7)[rank],), 3.0)) and found[1 - rank] is None
 
 
 # --- evaluation ---
@@ -265,7 +272,82 @@ def test_a_step_that_a_scaler_skipped_can_be_followed_by_an_evaluation(base):
     assert spawn(skips, 2) == [3, 3]
 
 
+def test_evaluations_may_stand_inside_each_other():
+    model, made = wrapped(base="local_sgd", tau=2)
+    train(model, made, 3)
+    before = weights(model).clone()
+    with made.averaged():
+        best = copy.deepcopy(made.averaged_model().state_dict())
+        with made.averaged() as again:
+            assert torch.equal(weights(again), before)
+        with pytest.raises(RuntimeError, match="written from outside"):
+            loss_of(model, 3)  # in training mode: from the average there is no way back
+    assert torch.equal(weights(model), before) and best.keys() == model.state_dict().keys()
+    train(model, made, range(3, 5))
+
+
+def test_a_model_frozen_for_its_evaluation_trains_on():
+    model, made = wrapped(**IDLE)
+    train(model, made, 2)
+    model.requires_grad_(False)
+    with made.averaged():
+        made.averaged_model()
+    model.requires_grad_(True)
+    train(model, made, range(2, 4))
+
+
+def test_an_evaluation_that_ranks_reach_in_different_places_is_an_error_on_all():
+    """Before anybody waits for a message that the others never sent."""
+
+    def reaches():
+        model, made = wrapped("sgd", base="osgp", tau=4, timeout=30.0)
+        train(model, made, 1)
+        if dist.get_rank() == 0:
+            model(batch(0)[0])  # a trace, say
+        with pytest.raises(RuntimeError, match="on some ranks, not on others"), made.averaged():
+            pass
+
+    spawn(reaches, 2)
+
+
 # --- weights that are written ---
+
+
+def test_perturbed_gradients_of_the_first_step_do_not_move_where_the_round_begins():
+    """Sharpness-aware minimisation: backward, away, backward, back, step."""
+    model, made = wrapped("sgd", base="local_sgd", tau=3)
+    start = weights(model).clone()
+    loss_of(model, 0).backward()
+    away = [0.5 * p.grad for p in model.parameters()]
+    with torch.no_grad():
+        for p, e in zip(model.parameters(), away):
+            p.add_(e)
+    made.zero_grad()
+    loss_of(model, 0).backward()
+    with torch.no_grad():
+        for p, e in zip(model.parameters(), away):
+            p.sub_(e)
+    made.step()
+    x0 = torch.cat([made.state[p]["slowmo_x0"].flatten() for p in model.parameters()])
+    assert (x0 - start).abs().max() < 1e-12
+
+
+def test_a_clamp_of_some_elements_keeps_the_digits_of_the_others():
+    def trained(clamp):
+        model = Narrow()
+        model.narrow.requires_grad_(True)
+        made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=1e-4), **IDLE)
+        for step in range(30):
+            train(model, made, range(step, step + 1), dtype=torch.float32)
+            with torch.no_grad():
+                if clamp:
+                    model.narrow.weight[0, 0] = 0.5
+                made.accept()
+        return made.replicas.named([segment.x for segment in made.replicas.segments], 0)["narrow.bias"][1:].clone()
+
+    start = Narrow().narrow.bias[1:].float()
+    moved, expected = trained(True) - start, trained(False) - start
+    assert expected.abs().min() > 0 and torch.allclose(moved, expected, rtol=0.2)
 
 
 @pytest.mark.parametrize("base", ["local_sgd", "sgp", "osgp", "dpsgd"])
@@ -288,12 +370,16 @@ def test_rebase_after_a_forward_pass_starts_from_the_weights_alone(base):
     assert max(spawn(writes, 2)) < 1e-6
 
 
-def test_weights_loaded_after_a_dry_run_are_where_the_round_begins():
-    model, made = wrapped("sgd", base="local_sgd", tau=2, beta=0.9)
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("tau", [1, 2])
+def test_weights_loaded_after_a_dry_run_are_where_the_round_begins(tau, evaluated):
+    model, made = wrapped("sgd", base="local_sgd", tau=tau, beta=0.9)
     model(batch(0)[0])
     with torch.no_grad():
         for p in model.parameters():
             p.add_(10)
+    if evaluated:
+        made.averaged_model()
     for group in made.param_groups:
         group["lr"] = 1e-12
     before = weights(model).clone()
@@ -386,7 +472,8 @@ def test_any_state_of_an_optimizer_comes_back(kept):
 )
 def test_after_a_refusal_the_corrected_call_works(wrong):
     model, seen = net(), []
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    inner = torch.optim.Adam(model.parameters(), lr=0.1)
+    train(model, inner, 3)
     inner.register_step_post_hook(lambda *_: seen.append(1))
     with pytest.raises(ValueError) as refusal:  # held, as a notebook holds the last error
         slowmo.SlowMo(model, inner, **wrong)
@@ -395,7 +482,24 @@ def test_after_a_refusal_the_corrected_call_works(wrong):
     assert seen == [1] and refusal
     made = slowmo.SlowMo(model, inner, **IDLE)
     train(model, made, 2)
-    assert made.steps == 2 and len(seen) == 3
+    assert made.steps == 2 and len(seen) == 3 and {float(values["step"]) for values in made.state.values()} == {6.0}
+
+
+def test_a_gradient_of_another_dtype_by_its_data_counts_in_every_step():
+    model, made = wrapped("sgd", **IDLE)
+    for step in range(3):
+        before = weights(model).clone()
+        loss_of(model, step).backward()
+        for p in model.parameters():
+            p.grad.data = p.grad.data.half()
+        made.step()
+        assert (weights(model) - before).abs().max() > 1e-4
+
+
+def test_an_optimizer_belongs_to_one_wrapper():
+    model, made = wrapped(**IDLE)
+    with pytest.raises(ValueError, match="which has its state"):
+        slowmo.SlowMo(net(), made.inner_optimizer, **IDLE)
 
 
 def test_a_model_may_be_wrapped_again_when_its_wrapper_is_gone():
