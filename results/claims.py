@@ -30,7 +30,6 @@ from results.tables import (
     SMALL,
     TEXT,
     TITLES,
-    counted,
     estimate,
     format_estimate,
     run_name,
@@ -90,47 +89,65 @@ def on_runs(runs: Runs) -> pd.DataFrame:
     """The claims that runs decide: a line for each, and each data set."""
     lines = []
     for data in TITLES:
-        for claim, found, level in judgements(data, runs):
-            sources = "; ".join(part.runs for part in claim.parts)
-            lines.append((claim.text, data, claim.kind, found.verdict(level), found.evidence(level), sources))
+        for found in judgements(data, runs):
+            sources = "; ".join(part.runs for part in found.claim.parts)
+            lines.append((found.claim.text, data, found.claim.kind, found.verdict, found.evidence(), sources))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
-def verdicts(data: str, runs: Runs) -> dict[str, str]:
-    """Of each claim on one data set."""
-    return {claim.text: found.verdict(level) for claim, found, level in judgements(data, runs)}
-
-
-def judgements(data: str, runs: Runs) -> list:
-    """(claim, judgement, the level that it is held to): Holm's for primary claims that have reached a look."""
-    made = [(claim, Judgement(claim, runs, data)) for claim in claims(data)]
-    held = iter(inference.holm([found.p for claim, found in made if claim.kind == PRIMARY and found.p is not None]))
-    primary = lambda claim, found: claim.kind == PRIMARY and found.p is not None
-    return [(claim, found, next(held) if primary(claim, found) else inference.NOMINAL) for claim, found in made]
+def judgements(data: str, runs: Runs) -> list["Judgement"]:
+    """Of each claim on one data set, look by look: at each, Holm's levels over all its primary claims, those that have not reached it
+    too. What a look decided stays."""
+    made = [Judgement(claim, runs, data) for claim in claims(data)]
+    primary = [found for found in made if found.claim.kind == PRIMARY]
+    for look in inference.LOOKS:
+        held = dict(zip(map(id, primary), inference.holm([found.p(look) for found in primary])))
+        for found in made:
+            found.decide(look, held.get(id(found), inference.NOMINAL), inference.NOMINAL / len(primary))
+    return made
 
 
 class Judgement:
-    """What the runs of one data set say about a claim. p: the smallest of the three of its looks; None before the first."""
+    """What the runs of one data set say about a claim.
+
+    seeds: 1 to this number have ended in all its cells. looks: of each that is reached, before a seed that diverged, the three p-values
+    of `tests`.
+    """
 
     def __init__(self, claim: Claim, runs: Runs, data: str):
         self.claim = claim
         self.cells = {run: seeds_of(runs, run, part.metric) for part in claim.parts for _, run in part.terms}
-        least = min(map(len, self.cells.values()), default=0)
-        self.seeds, self.diverged = least, ""
-        for run, cell in self.cells.items():
-            gone = cell.index[:least][cell["status"][:least] == "diverged"]
-            self.diverged = self.diverged or (f"{run} diverged with seed {gone[0]}" if len(gone) else "")
-        self.estimates = [] if least < 2 or self.diverged else [self.estimate(part, runs, data, least) for part in claim.parts]
-        reached = [look for look in inference.LOOKS if look <= least] if self.estimates else []
-        tests = [self.tests([self.estimate(part, runs, data, look) for part in claim.parts]) for look in reached]
-        self.support, self.against, self.same = (min(column) for column in zip(*tests)) if tests else (None, None, None)
-        self.p = min(self.support, self.against, self.same) if tests else None
+        self.seeds = next(n for n in itertools.count() if any(n + 1 not in cell.index for cell in self.cells.values()))
+        gone = [(seed, run) for run, cell in self.cells.items() for seed in cell.index[cell["status"] == "diverged"] if seed <= self.seeds]
+        self.diverged = "{1} diverged with seed {0}".format(*min(gone)) if gone else ""
+        whole = min(gone)[0] - 1 if gone else self.seeds
+        self.estimates = [self.estimate(part, runs, data, whole) for part in claim.parts] if whole > 1 else []
+        reached = [look for look in inference.LOOKS if look <= whole]
+        self.looks = {look: self.tests([self.estimate(part, runs, data, look) for part in claim.parts]) for look in reached}
+        self.verdict = UNDECIDED if self.estimates or gone else NOT_RUN
+        self.level, self._p = inference.NOMINAL, 1.0
+
+    def p(self, look: int) -> float:
+        """For Holm: of the look that decided, or of this one."""
+        return self._p if self.verdict not in (UNDECIDED, NOT_RUN) else min(self.looks.get(look, (1.0,)))
+
+    def decide(self, look: int, level: float, strictest: float) -> None:
+        """level: Holm's, 0 where a smaller p has failed; strictest: the least it can be else."""
+        if self.verdict != UNDECIDED or look not in self.looks:
+            return
+        self.level = level or strictest
+        found = zip(self.looks[look], (SUPPORTED, CONTRADICTED, EQUIVALENT))
+        self._p, self.verdict = next(((p, word) for p, word in found if p < level), (1.0, UNDECIDED))
 
     def estimate(self, part: Part, runs: Runs, data: str, seeds: int) -> inference.Estimate:
-        """With the first so many seeds of each cell. Losses are paired, and training losses compared as ratios; the others are pooled."""
-        terms = [(sign, self.cells[run][part.metric].iloc[:seeds]) for sign, run in part.terms]
-        done = (runs.values(f"{data}_{cell}", part.metric) for cell in table1(data))
-        return estimate(terms, part.metric, [counted(cell).iloc[:seeds] for cell in done])
+        """With the first so many seeds of each cell. Losses are paired, and training losses compared as ratios. The others are pooled over
+        the data set's cells: those of other claims with the seeds of the first look, so that their later seeds change nothing here."""
+        terms = [(sign, self.cells[run][part.metric].loc[1:seeds]) for sign, run in part.terms]
+        done = {run: runs.values(run, part.metric) for run in (f"{data}_{cell}" for cell in table1(data))}
+        first = inference.LOOKS[0]
+        own = [values.loc[1:seeds] for run, values in done.items() if run in self.cells or seeds < first]
+        others = [values.loc[1:first] for run, values in done.items() if run not in self.cells and len(values) >= first <= seeds]
+        return estimate(terms, part.metric, own + others)
 
     def tests(self, estimates) -> tuple[float, float, float]:
         """p that the claim holds, that it does not, that there is no difference to speak of."""
@@ -144,35 +161,26 @@ class Judgement:
         directed = all(math.isinf(part.low) or math.isinf(part.high) for part in parts)
         return support, min(1.0, against), same if directed else 1.0
 
-    def verdict(self, level: float) -> str:
-        if not self.estimates and not self.diverged:
-            return NOT_RUN
-        if self.p is None:
-            return UNDECIDED
-        found = ((self.support, SUPPORTED), (self.against, CONTRADICTED), (self.same, EQUIVALENT))
-        return next((word for p, word in found if p < level), UNDECIDED)
-
-    def evidence(self, level: float) -> str:
-        if self.diverged:
+    def evidence(self) -> str:
+        if self.diverged and self.verdict == UNDECIDED:
             return self.diverged
         if not self.estimates:
             return f"{self.seeds} seed" if self.seeds else NO_RUNS
         said = "; ".join(f"{part.what} {format_estimate(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
-        verdict, wanted = self.verdict(level), ""
-        if verdict == UNDECIDED and not self.claim.turns:
-            most = max(e.seeds_for(part.low, part.high) for e, part in zip(self.estimates, self.claim.parts))
+        wanted = f"; then {self.diverged}" if self.diverged else ""
+        if self.verdict == UNDECIDED and not self.claim.turns:
+            later = next((look for look in inference.LOOKS if look > self.seeds), inference.LOOKS[-1])
+            most = max(e.seeds_for(part.low, part.high, self.level, later) for e, part in zip(self.estimates, self.claim.parts))
             wanted = f"; would take about {most} seeds" if most <= 1000 else "; would take over 1000 seeds"
-        elif verdict == EQUIVALENT:
-            wanted = f"; within ±{MARGINS[self.claim.parts[0].metric]:.2g}"
+        elif self.verdict == EQUIVALENT:
+            wanted = f"; within ±{MARGINS[self.claim.parts[0].metric]:.2g}" + wanted
         return f"{said} ({self.seeds} seeds{wanted})"
 
 
 def seeds_of(runs: Runs, run: str, metric: str) -> pd.DataFrame:
-    """A cell's runs by seed, those that diverged or have the metric; seeds below 1 are for tuning."""
+    """A cell's runs by seed, those that diverged or have the metric."""
     lines = runs.of(run)
-    if lines.empty:
-        return lines
-    return lines[(lines.index > 0) & ((lines["status"] == "diverged") | lines[metric].notna())]
+    return lines if lines.empty else lines[(lines["status"] == "diverged") | lines[metric].notna()]
 
 
 def on_links(lines: pd.DataFrame) -> pd.DataFrame:

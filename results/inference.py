@@ -53,13 +53,13 @@ class Estimate:
         """p of "the true difference lies beyond a bound", two-sided."""
         return min(1.0, 2 * min(self.below(low), self.above(high)))
 
-    def seeds_for(self, low: float, high: float) -> int:
-        """Seeds, the first look's at least, after which `within` or `outside` would show with POWER, were the estimate the truth."""
+    def seeds_for(self, low: float, high: float, level: float = NOMINAL, least: int = LOOKS[0]) -> int:
+        """Seeds, `least` at least, after which `within` or `outside` would show at this level with POWER, were the estimate the truth."""
         distance = min(abs(self.mean - bound) for bound in (low, high) if math.isfinite(bound))
         both = math.isfinite(low) and math.isfinite(high) and low < self.mean < high
-        reach = stats.norm.isf(NOMINAL if both else NOMINAL / 2) + stats.norm.ppf(POWER)
+        reach = stats.norm.isf(level if both else level / 2) + stats.norm.ppf(POWER)
         wanted = (reach * self.deviation / distance) ** 2 if distance else math.inf
-        return int(min(10**6, max(LOOKS[0], math.ceil(min(wanted, 1e6)))))
+        return int(min(10**6, max(least, math.ceil(min(wanted, 1e6)))))
 
 
 def paired(terms: list[tuple[int, pd.Series]]) -> Estimate:

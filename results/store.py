@@ -116,16 +116,17 @@ MINE = Store(PUBLISHED.folder / "mine")  # a user's own; git ignores it
 
 
 class Runs:
-    """What a store's list of runs holds of ended runs, and what is wrong with it (`complaints`). Errors as `Store.read`."""
+    """What a store's list of runs holds of ended runs, and what is wrong with it (`complaints`). Errors as `Store.read`; required=False:
+    without a list there are none."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, required: bool = True):
         self.store, self.complaints = store, []
-        self.lines = store.read("runs")
+        self.lines = store.read("runs") if required else store.find("runs")
         same = self.lines.duplicated()
         if same.any():
             self.complaints.append(f"{store.path('runs')}: {same.sum()} lines stand there twice; each counts once")
         self.lines = self.lines[~same]
-        ended = self.lines[self.lines["status"].isin(("done", "diverged"))]
+        ended = self.lines[self.lines["status"].isin(("done", "diverged")) & (self.lines["seed"] > 0)]  # seeds below 1 are for tuning
         twice = ended.duplicated(["run", "seed"], keep=False)
         for (run, seed), group in ended[twice].groupby(["run", "seed"]):
             commits = ", ".join(str(commit)[:10] for commit in group["commit"])

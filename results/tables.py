@@ -223,7 +223,7 @@ def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.Da
     """A line for each cell: what it shows, as numbers. published_runs: of this suite, to stand beside a user's own."""
     lines = []
     for metric in table.metrics:
-        column = {run: counted(runs.values(run, metric.name)) for _, run, _ in table.rows}
+        column = {run: runs.values(run, metric.name) for _, run, _ in table.rows}
         for label, run, against in table.rows:
             status, values = runs.of(run)["status"], column[run]
             if len(status) and (status == "done").any() and runs.values(run, metric.name).empty:
@@ -234,13 +234,13 @@ def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.Da
                     "best_or_last": metric.name.rpartition("_")[2] if metric.name.endswith(("_best", "_last")) else "", "against": against,
                     "command": command(run, range(1, table.seeds + 1)), "address": runs.address(run)}  # fmt: skip
             if published_runs:
-                ours = counted(published_runs.values(run, metric.name))
+                ours = published_runs.values(run, metric.name)
                 line |= {"ours_mean": ours.mean(), "ours_std": ours.std(), "ours_n": len(ours)}
             if theirs is not None and len(values):
                 line["difference"] = values.mean() - theirs
                 line["mark"] = agreement(values, theirs, paper()[1][table.data], metric)
-            base = counted(runs.values(against, metric.name)) if against else values[:0]
-            if len(base) and len(values) and not line["diverged"]:
+            base = runs.values(against, metric.name) if against else values[:0]
+            if len(base) and len(values) and not line["diverged"] and (runs.of(against)["status"] == "done").all():
                 found = estimate([(1, values), (-1, base)], metric.name, [*column.values()])
                 line |= {"change": found.mean, "half": found.half(), "shown": format_estimate(found, metric.name)}
             if against and table.data in SMALL:
@@ -249,11 +249,6 @@ def cells(table: Table, runs: Runs, published_runs: Runs | None = None) -> pd.Da
     columns = ["table", "data", "row", "run", "metric", "best_or_last", "mean", "std", "n", "diverged", "paper", "difference", "mark",
                "against", "change", "half", "shown", "paper_change", "command", "address"]  # fmt: skip
     return pd.DataFrame(lines).reindex(columns=[*columns, *(["ours_mean", "ours_std", "ours_n"] if published_runs else [])])
-
-
-def counted(values: pd.Series) -> pd.Series:
-    """Seeds below 1 are for tuning."""
-    return values[values.index > 0]
 
 
 def agreement(values: pd.Series, theirs: float, seeds: int, metric: Metric) -> str:

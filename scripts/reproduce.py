@@ -59,8 +59,12 @@ def main() -> int:
         os.nice(10)  # hours in the background of other work
     tables_wanted = [key for key in options.what if key != "looks"]
     jobs = wanted(tables_wanted, data, options.seeds) if tables_wanted else []
+    if "looks" in options.what and not options.dry_run and (ROOT / "runs").is_dir():
+        gather(options)  # what has ended without being asked for here counts too
     while True:
         done, paces = known()
+        if options.publish:  # a second line of a run would take both out of the count
+            done |= {*Runs(PUBLISHED, required=False).ended[["run", "seed"]].itertuples(index=False, name=None)}
         if "looks" in options.what:
             jobs = [*dict.fromkeys((*jobs, *next_look(data, PUBLISHED if options.publish else MINE, options.most)))]
         done |= {job for job, *_ in ended}  # whatever became of it, it is not tried again
@@ -102,18 +106,18 @@ def wanted(what: list[str], data: tuple[str, ...], seeds: list[int] | None) -> l
 
 def next_look(data: tuple[str, ...], store, most: int) -> list[tuple[str, int]]:
     """(run, seed) up to the next look of the cells of primary claims: those that are undecided, before the first look all."""
-    jobs, runs = set(), Runs(store) if store.has("runs") else None
-    for name in data:
-        verdicts = claims.verdicts(name, runs) if runs else {}
-        for claim in (claim for claim in claims.claims(name) if claim.kind == claims.PRIMARY):
-            parts = [(run, part.metric) for part in claim.parts for _, run in part.terms]
-            cells = [claims.seeds_of(runs, *part) for part in parts] if runs else []
-            have = min(map(len, cells), default=0)
-            diverged = any((cell["status"] == "diverged").any() for cell in cells)  # more seeds will not change that
-            if have < LOOKS[0] or (verdicts[claim.text] == claims.UNDECIDED and not diverged):
-                look = min(most, next((look for look in LOOKS if look > have), most))
-                jobs |= {(seed, run) for run, _ in parts for seed in range(1, look + 1)}
+    jobs, runs = set(), Runs(store, required=False)
+    for found in (found for name in data for found in claims.judgements(name, runs) if found.claim.kind == claims.PRIMARY):
+        # where a run diverged more seeds will not change that
+        if found.seeds < LOOKS[0] or (found.verdict == claims.UNDECIDED and not found.diverged):
+            look = min(most, next((look for look in LOOKS if look > found.seeds), most))
+            jobs |= {(seed, run) for run in found.cells for seed in range(1, look + 1)}
     return [(run, seed) for seed, run in sorted(jobs)]
+
+
+def gather(options) -> None:
+    """Put what has ended into the list."""
+    subprocess.run([sys.executable, "-m", "results", "collect", *publish(options)], cwd=ROOT, capture_output=True)
 
 
 def publish(options) -> list[str]:
@@ -200,7 +204,7 @@ def run_all(missing, options, extra) -> list:
         said, _ = child.communicate()
         children.discard(child)
         with collecting:  # what ended is kept, whatever comes
-            subprocess.run([sys.executable, "-m", "results", "collect", *publish(options)], cwd=ROOT, capture_output=True)
+            gather(options)
         status = STATUS.get(child.returncode, "stopped" if child.returncode > 128 else "failed")
         # a run says its error, or that it diverged, before its last line
         lines = [line for line in said.splitlines() if line.startswith(("error: ", "diverged "))] or said.strip().splitlines()
