@@ -15,7 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments import files
-from results.store import COLUMNS, KEY, METRICS, Store
+from results.store import COLUMNS, KEY, METRICS, RunId, Store
+from results.tables import CONFIGS
 
 FILES = ("config.yaml", "metrics.jsonl", "result.json")  # any of them makes a folder a run's
 
@@ -35,6 +36,7 @@ def main(runs: Path, store: Store) -> None:
     for path in folders:
         try:
             line, rows = read(path)
+            check_settings(path)
         except KeyError as error:
             complaints.append(f"left out: {path}: its files know no {error}: another version wrote them, run it again")
         except Exception as error:  # anything can stand in a file that is damaged: it is named, and the others are collected
@@ -62,6 +64,26 @@ def main(runs: Path, store: Store) -> None:
     print(f"wrote {out}: {len(lines)} runs" + f" ({counts})" * bool(counts))
     for text in (*complaints, *refused(runs)):
         print(text, file=sys.stderr)
+
+
+def check_settings(path: Path) -> None:
+    """ValueError for a run whose experiment's file says something else now: it is not a seed of the same run any more."""
+    run, cfg = RunId.parse(path.parent.name), config(path)
+    file = CONFIGS / f"experiment/{run.experiment}.yaml"
+    typed = tuple(word.partition("=")[0] for word in run.overrides)
+
+    def walk(node: dict, has, prefix: str) -> None:
+        for key, value in node.items():
+            name, now = f"{prefix}{key}", has.get(key, value) if isinstance(has, dict) else value
+            if any(name == word or name.startswith(f"{word}.") for word in typed) or isinstance(value, str) and "${" in value:
+                continue
+            if isinstance(value, dict):
+                walk(value, now, f"{name}.")
+            elif now != value and str(now) != str(value):
+                raise ValueError(f"{name} is {now} in it and {value} in {file.name} now: move it away, and run it again")
+
+    own = yaml.safe_load(file.read_text()) if file.exists() else {}  # a user's own may be elsewhere
+    walk({key: value for key, value in own.items() if key not in ("defaults", "target")}, cfg, "")
 
 
 def merged(lines: pd.DataFrame, store: Store) -> pd.DataFrame:

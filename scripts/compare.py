@@ -39,7 +39,8 @@ def main() -> None:
 def results(folders: list[Path]) -> list[dict]:
     """Every result.json under the folders, with its metric rows. Exits with a message where there is none; names what is damaged."""
     found = []
-    for path in dict.fromkeys(path for folder in folders for path in sorted(folder.glob("**/result.json"))):
+    for path in dict.fromkeys(path for folder in folders for path in sorted(folder.glob("**/result.json"))
+                              if not any(part.startswith(".old-") for part in path.parts)):  # fmt: skip
         try:
             rows = [json.loads(line) for line in path.with_name("metrics.jsonl").read_text().splitlines()]
             result = json.loads(path.read_text())

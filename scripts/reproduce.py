@@ -130,6 +130,7 @@ def known() -> tuple[set, dict]:
     for path in sorted((ROOT / "runs").glob("*/seed*/result.json")):
         try:
             line, _ = collect.read(path.parent)
+            collect.check_settings(path.parent)
         except Exception as error:  # damaged in whatever way: to be run, or named by it
             print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
             continue

@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="bases at once, a process each")
     parser.add_argument("--publish", action="store_true", help="take up and write what is committed: trials.csv and configs/experiment")
     options, extra = reproduce.parsed(parser)
+    if any(word.startswith(("steps=", "epochs=")) for word in extra):
+        parser.error("a trial has its experiment's own length: leave steps and epochs out")
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
     tuner = Tuner(options, extra)
@@ -134,7 +136,10 @@ class Tuner:
         """Put this experiment's finished trials into the list."""
         lines = []
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
-            if RunId.parse(path.parts[-3]).experiment != experiment:
+            run = RunId.parse(path.parts[-3])
+            others = {word for word in run.overrides if word.partition("=")[0] not in ("optimizer.lr", "outer.beta", "data.heldout")}
+            tuning = self.options.data not in WITH_TUNING_PICTURES or "data.heldout=tuning" in run.overrides
+            if run.experiment != experiment or not tuning or others - set(self.extra):  # another trial's
                 continue
             try:
                 line, _ = collect.read(path.parent)

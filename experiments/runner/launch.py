@@ -202,27 +202,27 @@ def submit(launch: DictConfig, runs: str, commands: list[Command]) -> int:
 
 
 def follow(jobs) -> int:
-    """Print what process 0 of each job prints until all have ended; 0 when all completed. Ctrl-C leaves the jobs alone."""
+    """Print what process 0 of each job prints until all have ended; the largest of their exit codes. Ctrl-C leaves the jobs alone."""
     read, ended = dict.fromkeys(range(len(jobs)), 0), {}
     while len(ended) < len(jobs):
         time.sleep(0.5)
         for k, job in enumerate(jobs):
             if k in ended:
                 continue
-            state = state_of(job.job_id)
+            state, code = state_of(job.job_id)
             with contextlib.suppress(FileNotFoundError), open(job.paths.stdout) as file:
                 file.seek(read[k])
                 for line in file:
                     print(f"{job.job_id}: {line}" if len(jobs) > 1 else line, end="", flush=True)
                 read[k] = file.tell()
             if state in ENDED:
-                ended[k] = state
+                ended[k] = code or int(state != "COMPLETED")
                 print(f"job {job.job_id}: {state}", flush=True)
-    return int(any(state != "COMPLETED" for state in ended.values()))
+    return max(ended.values())
 
 
-def state_of(job: str) -> str:
-    """SLURM's word for a job's state; UNKNOWN where SLURM does not answer."""
+def state_of(job: str) -> tuple[str, int]:
+    """SLURM's word for a job's state, UNKNOWN where SLURM does not answer; and its exit code."""
     done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    words = [word.removeprefix("JobState=") for word in done.stdout.split() if word.startswith("JobState=")]
-    return words[0] if words else "UNKNOWN"
+    found = dict(word.partition("=")[::2] for word in done.stdout.split())
+    return found.get("JobState", "UNKNOWN"), int(found.get("ExitCode", "0:0").partition(":")[0])

@@ -223,13 +223,13 @@ def test_what_a_job_finds_wrong_is_collected(slurm, tmp_path):
 def test_a_run_that_diverged_is_not_queued_again(slurm, tmp_path):
     job = submit(*QUADRATIC, *TWO_BY_TWO, "optimizer.lr=50", cwd=tmp_path)
     final = ended(tmp_path, job)
-    assert (final["JobState"], final["Restarts"]) == ("COMPLETED", "0") and "diverged: " in log(tmp_path, job)
+    assert (final["JobState"], final["ExitCode"], final["Restarts"]) == ("FAILED", "3:0", "0") and "diverged " in log(tmp_path, job)
 
 
 def test_waiting_follows_the_log(slurm, tmp_path):
     words = [word for word in QUADRATIC if not word.startswith("steps")]
     done = run(*words, "steps=60", "launch=slurm", "launch.wait=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "step 50/60" in done.stdout and re.search(r"job \d+: COMPLETED", done.stdout)
+    assert "  50/60 " in done.stdout and re.search(r"job \d+: COMPLETED", done.stdout), done.stdout
     failed = run(*words, "steps=60", "launch=slurm", "launch.wait=true", "launch.setup=['exit 3']", "runs=other", cwd=tmp_path)
-    assert failed.returncode == 1 and "FAILED" in failed.stdout
+    assert failed.returncode == 3 and "FAILED" in failed.stdout

@@ -49,7 +49,7 @@ def test_a_gain_in_accuracy(gain, expected, tmp_path):
 
 
 def test_an_undecided_gain_says_what_it_would_take(tmp_path):
-    """Deviation of a cell 0.79 = 10 x 0.079, of a difference 1.12: (3.87 x 1.12 / 1)^2 = 18.8 at Holm's level of the first of six claims."""
+    """Deviation of a cell 0.79 = 10 x 0.079, of a difference 1.12: (3.87 x 1.12)^2 = 18.8 at Holm's level of the first of six."""
     line = found(written(tmp_path, *table1((1, 1, 1), spread=10.0)), "raises the accuracy of SGP")
     assert line["verdict"] == "undecided" and line["evidence"].endswith("(5 seeds; would take about 19 seeds)")
 

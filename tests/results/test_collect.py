@@ -242,3 +242,19 @@ def test_what_is_published_is_untouched_unless_asked(runs, tmp_path, monkeypatch
 def test_no_torch_is_imported():
     code = "import sys, results.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_run_of_other_settings_is_not_another_seed(tmp_path, monkeypatch):
+    """The experiment's file was edited since, as tuning does; what the run's name says is its own."""
+    file, tuned = tmp_path / "experiment/cifar10_small_sgp.yaml", "cifar10_small_sgp,optimizer.lr=0.1"
+    file.parent.mkdir()
+    monkeypatch.setattr(collect, "CONFIGS", tmp_path)
+    file.write_text("defaults: [a]\noptimizer: {lr: 0.3, weight_decay: 1.0e-4}\nouter: {beta: 0.4}\ntarget: {cost: 1}\n")
+    for run, lr, beta in (("cifar10_small_sgp", 0.3, 0.4), (tuned, 0.1, 0.4), ("cifar10_small_sgp,outer=lookahead", 0.3, 0.0)):
+        (tmp_path / run / "seed1").mkdir(parents=True)
+        (tmp_path / run / "seed1/config.yaml").write_text(f"optimizer: {{lr: {lr}, weight_decay: 0.0001}}\nouter: {{beta: {beta}}}\n")
+        collect.check_settings(tmp_path / run / "seed1")
+    file.write_text("optimizer: {lr: 0.1}\nouter: {beta: 0.5}\n")
+    for run, remedy in (("cifar10_small_sgp", "optimizer.lr is 0.3 in it and 0.1"), (tuned, "outer.beta is 0.4 in it and 0.5")):
+        with pytest.raises(ValueError, match=remedy):
+            collect.check_settings(tmp_path / run / "seed1")

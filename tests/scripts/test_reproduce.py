@@ -28,7 +28,7 @@ TINY = ("workers=2", "steps=2", "task.batch_size=8", "task.width=2", "data.train
 
 def ended(folder, experiment, accuracy, seed=1, status="done", **config):
     """A run's folder as a run leaves it, as far as collecting reads it."""
-    config = {"seed": seed, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {"lr": 0.1}, "outer": {}} | config
+    config = {"seed": seed, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {}, "outer": {}} | config
     row = {"step": 600, "epoch": 1.0, "seconds": 60.0, "accuracy": accuracy, "train_loss": 1.0}
     result = {"status": status, "seed": seed, "step": 600, "experiment": experiment, "processes": 1, "commit": "c",
               "seconds_per_iteration": 0.1, "hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2"},
@@ -142,10 +142,13 @@ def test_wanted_runs_come_seed_after_seed_and_once():
 def test_nonsense_is_refused(script):
     assert "whole numbers with commas" in script(reproduce, "table1", "--seeds", "a")[2]
     assert "invalid choice" in script(reproduce, "table7")[2]
+    assert "its experiment's own length" in script(tune, "cifar10_small", "--", "steps=24")[2]
 
 
 def trial(folder, experiment, value, seed, status="done", **config):
-    ended(folder / f"trials/{experiment},{len(list(folder.glob('trials/*')))}/seed{seed}", experiment, value, seed, status, **config)
+    name = f"{experiment},data.heldout=tuning,optimizer.lr={config['optimizer']['lr']}"
+    name += f",outer.beta={config['outer']['beta']}" if config.get("outer") else ""
+    ended(folder / f"trials/{name}/seed{seed}", experiment, value, seed, status, **config)
 
 
 def tuned(checkout, best, diverged=()):
@@ -181,7 +184,7 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
     assert listed[listed["chosen"]].groupby("experiment").size().tolist() == [2] * 7 and set(listed["metric"]) == {"accuracy_last"}
     assert not script(tune, "cifar10_small")[0] and path.read_text() == text
     path.unlink()
-    damaged = next(checkout.glob("trials/cifar10_small_osgp,*/seed0/result.json"))
+    damaged = next(checkout.glob("trials/cifar10_small_osgp,*lr=0.17/seed0/result.json"))
     whole, asked = damaged.read_text(), []
     damaged.write_text("{")
 
@@ -199,6 +202,7 @@ def test_tuning_keeps_all_trials_and_marks_the_best(checkout, script, monkeypatc
 
 def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
     tuned(checkout, BEST)
+    ended(checkout / "trials/cifar10_small_sgp,data.heldout=tuning,optimizer.lr=0.1,steps=24/seed0", "cifar10_small_sgp", 99.0, 0)
     assert not script(tune, "cifar10_small", "--publish")[0]
 
     def config(cell):
@@ -209,7 +213,8 @@ def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
     assert config("slowmo_sgp")["outer"] == {"beta": 0.4} and config("sgp_noaverage")["outer"] == {"beta": 0.4, "exact": False}
     assert config("slowmo_local_sgd")["outer"] == {"beta": 0.9} and config("double_averaging_local_sgd")["optimizer"] == {"lr": 0.1}
     listed = pd.read_csv(checkout / "results/data/trials.csv")
-    assert len(listed[listed["commit"] == "c"]) == len(list(checkout.glob("trials/*/*/result.json")))  # beside the published ones
+    mine = listed[listed["commit"] == "c"]  # beside the published ones; one of another length is none of this experiment's
+    assert len(mine) == len(list(checkout.glob("trials/*/*/result.json"))) - 1 and mine["value"].max() < 99
 
 
 def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):
