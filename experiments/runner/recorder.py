@@ -29,11 +29,12 @@ class RunRecorder:
         self.path, self.cfg, self.cluster, self.rows = path, cfg, cluster, []
         self.digests, self.lost = {}, []  # of models/ and final.npz; models of the last `evaluate.keep` that are gone
         self.before = []  # the models of the checkpoint before: one may have to go back to it
-        self.commit = files.commit()  # of the code that runs, whatever is checked out by the end
+        self.commits = [files.commit()]  # of the code that runs, whatever is checked out by the end; those it ran at before come first
 
     def state(self) -> dict:
         """What a checkpoint keeps of the record."""
-        return {"rows": self.rows, "models": self._models(), "lost": self.lost, "before": self.before}
+        return {"rows": self.rows, "models": self._models(), "lost": self.lost, "before": self.before,
+                "commits": self.commits}  # fmt: skip
 
     def saved(self) -> None:
         """A checkpoint has the record now: models that neither it nor the one before knows go."""
@@ -51,6 +52,10 @@ class RunRecorder:
         if state:
             self.rows, self.digests = list(state["rows"]), dict(state["models"])
             self.lost, self.before = list(state["lost"]), list(state["before"])
+            earlier = [commit for commit in state.get("commits", []) if commit != self.commits[-1]]
+            if earlier:
+                complaints.append(f"the code is at commit {self.commits[-1]}, the run began at {earlier[0]}")
+            self.commits = earlier + self.commits
         with everywhere(self.cluster):
             if self.cluster.is_main:
                 for folder in (self.path, self.path / "models"):
@@ -145,7 +150,8 @@ class RunRecorder:
                 "target": OmegaConf.to_container(self.cfg.target),
                 "workers": self.cluster.num_workers,
                 "processes": self.cluster.world_size,
-                "commit": self.commit,
+                "commit": self.commits[-1],
+                "commits": self.commits,
                 "versions": _versions(),
                 "hardware": _hardware(self.cluster.device),
                 "arithmetic": arithmetic_now(),

@@ -50,7 +50,9 @@ def run_dir(composed: Composed, task) -> Path:
     name = name or composed.choices["task"]
     changed = {k: v for k, v in flat(cfg).items() if not k.startswith(IGNORED_KEYS) and plain.get(k) != v}
     # a chosen group comes before its keys, so that names read like the command
-    parts = [f"{k}={v}".removesuffix(".0") for k, v in [*sorted(groups.items()), *sorted(changed.items())]]  # 1.0 is 1
+    words = {None: "null", True: "true", False: "false"}  # as they are typed; 1.0 is 1
+    parts = [f"{k}={words[v] if v is None or isinstance(v, bool) else v}".removesuffix(".0")
+             for k, v in [*sorted(groups.items()), *sorted(changed.items())]]  # fmt: skip
     if task.fingerprint:
         parts.append(f"problem={task.fingerprint}")
     text = re.sub(r"[^\w.,=+-]", "_", "".join(f",{part}" for part in parts))
