@@ -116,6 +116,7 @@ def test_parts_are_processes_with_a_share_of_the_time(tmp_path, monkeypatch):
     assert len(lines) == 8 + 2  # what a part had written stays
 
 
+@pytest.mark.slow
 def test_torch_and_the_repository_suffice(tmp_path):
     """A machine with a GPU may lack the rest."""
     blocked = (

@@ -147,6 +147,7 @@ def measure(*overrides, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, env=environment)
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_both_ways_on_unequal_hosts(tmp_path):
     """Sent during backward and after it; the second host is the faster one, and computes as long as it was told to."""
     done = measure("benchmark.network=loopback", "benchmark.rounds=2", "benchmark.iterations=12", "benchmark.straggler=20",

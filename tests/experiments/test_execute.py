@@ -368,6 +368,7 @@ def test_files_honour_the_umask(tmp_path):
     assert len(modes) == 6 + 2 + 6 and set(modes.values()) == {0o664}, modes
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_no_more_memory(half, tmp_path):
     """Bytes of all tensors in the process as a step begins."""
 

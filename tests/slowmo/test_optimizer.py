@@ -465,6 +465,7 @@ def test_checkpointing_that_is_not_reentrant(base, overlap):
 
 
 @BOTH
+@pytest.mark.slow
 def test_compiled(overlap):
     model, made = wrapped("nesterov", dtype=torch.float32, norm=False, tau=2, beta=0.5, overlap=overlap)
     reference, other = wrapped("nesterov", dtype=torch.float32, norm=False, tau=2, beta=0.5)

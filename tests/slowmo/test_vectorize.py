@@ -194,6 +194,7 @@ def test_a_run_takes_the_same_way_wherever_it_goes_on():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.slow
 def test_the_memory_of_an_iteration_is_there_for_the_next():
     """In a process of its own: what others have freed before decides what the allocator keeps."""
     script = """
