@@ -1,5 +1,6 @@
 """The benchmarks run and write down what they measured; what they measured is nobody's promise here."""
 
+import math
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_both_sides_of_a_contest_run(name, monkeypatch):
     monkeypatch.setattr(vs_peers, "MEGABYTES", 0.02)
     monkeypatch.setattr(vs_peers, "COMPUTE", 0.001)
     ratios = ranks.spawn(lambda: CONTESTS[name](1e9, 2), 2, "loopback")
-    assert len(ratios) == 2 and all(0 < ratio < 100 for ratio in ratios)
+    assert len(ratios) == 2 and all(ratio > 0 and math.isfinite(ratio) for ratio in ratios)  # how large is the machine's affair
 
 
 def test_plain_loops_and_rows_compute_the_same_step():
