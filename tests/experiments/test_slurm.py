@@ -165,7 +165,7 @@ def test_requeued_by_hand(slurm, straight, tmp_path):
 
 def test_out_of_time(slurm, tmp_path):
     """A minute is SLURM's shortest limit, and its signals come up to half a minute early."""
-    longer = tuple(word for word in QUADRATIC if not word.startswith("steps=")) + ("steps=1500",)
+    longer = tuple(word for word in QUADRATIC if not word.startswith("steps=")) + ("steps=2500",)
     alone = tmp_path / "alone"
     alone.mkdir()
     assert run(*longer, cwd=alone).returncode == 0
