@@ -19,6 +19,7 @@ from support.nonsense import START, nonsense
 import run
 from experiments.runner import build, cli, config, plan
 
+BETA = OmegaConf.load(ROOT / "configs/experiment/cifar10_small_slowmo_sgp.yaml").outer.beta  # as it was tuned
 QUADRATIC = ("task=quadratic", "steps=4", "workers=4")
 PHOTOS = ("experiment=quickstart_slowmo_local_sgd", "workers=8", "task.batch_size=128", "steps=2", "data.train=128", "data.validation=8")
 
@@ -374,7 +375,7 @@ def test_another_option_has_its_own_values(word, group, own):
     assert now[group] == bare[group] and own.items() <= now[group].items()
     assert all(now[name] == before[name] for name in before if name != group)
     config_check(found)
-    own_words = {"outer": "outer.beta=0.4", "data": "data.train=3072, data.validation=20000"}
+    own_words = {"outer": f"outer.beta={BETA}", "data": "data.train=3072, data.validation=20000"}
     said = own_words.get(group, found.dropped[0].rpartition(" (")[0])
     assert found.dropped == [f"{said} ({word}, not {plain.choices[group]})"] and f"{group}." in said
 
@@ -417,7 +418,7 @@ def test_a_replaced_option_from_the_command(tmp_path):
     """The title says what holds, the plan what was left out, the folder which option; an error speaks of a word that was typed."""
     done = command("experiment=cifar10_small_slowmo_sgp", "outer=lookahead", "dry_run=true", cwd=tmp_path)
     assert done.fact("title").endswith("outer = lookahead (tau = 5, alpha = 0.5, beta = 0.0, buffers = maintain, exact = true)")
-    assert done.fact("dropped") == "outer.beta=0.4 (outer=lookahead, not slowmo)"
+    assert done.fact("dropped") == f"outer.beta={BETA} (outer=lookahead, not slowmo)"
     assert done.fact("folder") == "runs/cifar10_small_slowmo_sgp,outer=lookahead/seed1"
     for words in (("outer=none",), ("outer=double_averaging",), ("optimizer=adam",), ("data=cifar10",)):
         done = command("experiment=cifar10_small_slowmo_sgp", *words, "dry_run=true", cwd=tmp_path)

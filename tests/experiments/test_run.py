@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from commands import ROOT, Command, arrays, at_call, command, finished, free_port, planned, problem, signal_at_step
 from generated import databin, tree
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from slowmo.train import TrainingMeter
 
+BETA = OmegaConf.load(ROOT / "configs/experiment/cifar10_small_slowmo_sgp.yaml").outer.beta  # as it was tuned
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 # Table 1 of the paper: best training loss and best validation accuracy or BLEU, without and with SlowMo
 TABLE_1 = {
@@ -343,7 +345,7 @@ def test_options_in_a_sweep_have_their_own_values(tmp_path):
     words = ("experiment=cifar10_small_slowmo_sgp", "outer=slowmo,lookahead,none", "dry_run=true")
     done = command("-m", *words, cwd=tmp_path)
     assert done.code == 0 and "3 jobs: 3 done" in done.out, done.text
-    for title in ("slowmo (tau = 12, alpha = 1.0, beta = 0.4,", "lookahead (tau = 5, alpha = 0.5, beta = 0.0,", "none\n"):
+    for title in (f"slowmo (tau = 12, alpha = 1.0, beta = {BETA},", "lookahead (tau = 5, alpha = 0.5, beta = 0.0,", "none\n"):
         assert f"outer = {title}" in done.out
 
 
@@ -807,7 +809,7 @@ def test_the_folder_of_an_experiment(tmp_path):
     def folder(*words):
         return command("experiment=cifar10_small_slowmo_sgp", *words, "dry_run=true", cwd=tmp_path).fact("folder")
 
-    assert folder() == folder("outer.beta=0.4", "cluster.threads=2") == "runs/cifar10_small_slowmo_sgp/seed1"
+    assert folder() == folder(f"outer.beta={BETA}", "cluster.threads=2") == "runs/cifar10_small_slowmo_sgp/seed1"
     assert folder("outer.beta=0.7") == "runs/cifar10_small_slowmo_sgp,outer.beta=0.7/seed1"
     assert folder("base=osgp", "outer.tau=6") == "runs/cifar10_small_slowmo_sgp,base=osgp,outer.tau=6/seed1"
     # long names are cut and go on with a hash of the whole
