@@ -353,6 +353,12 @@ def test_the_plan_says_how_kernels_are_called_and_when_messages_leave():
         plan.make(planned("cluster.graph=true")[1], task)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))
+def test_an_experiment_alone_is_what_hydra_composes(name):
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        assert config.compose([f"experiment={name}"]).cfg == hydra.compose("config", [f"experiment={name}"])
+
+
 @pytest.mark.parametrize(
     "word, group, own",
     [

@@ -495,10 +495,8 @@ def same_files(folder, expected, part) -> dict:
 
 
 @photos
-@pytest.mark.parametrize(
-    "task", [pytest.param("cifar10", marks=pytest.mark.slow), "imagenet", pytest.param("wmt16", marks=pytest.mark.slow)]
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["cifar10", "imagenet", "wmt16"])
 def test_killed_with_real_data(task, request, tmp_path):
     """Parameters, momenta, x0 and u, push-sum weights, BatchNorm statistics of every worker, bitwise; averaged models and BLEU too."""
     words = real(task, request)
