@@ -1,35 +1,36 @@
-"""Break each statement of the engine (outer.py, base.py, buckets.py, inner.py) in turn; a test must notice.
+"""Break each statement of the engine (outer, base, engine, gossip, buckets, inner) in turn; a test must notice.
 
     python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--start 1] [--every 1] [--all]
 
 A mutant removes a statement, negates a condition or returns None; with --all also swaps + and -, * and /, < and <=, negates a truth
 value or adds 1 to a number. First the quick tests run once and coverage.py writes down which lines each of them reaches. A mutant then
 meets the tests that reach its statement, the fastest first, and last the tests of several processes, whose lines are not seen; the first
-failure ends it. Prints the survivors and the count.
+failure ends it. Each meets them in a fork of one process that has collected all tests, with the broken function's code in the place of
+the whole one. Statements of a module, outside functions and classes, are left out: nothing can be imported without them. Prints the
+survivors and the count.
 """
 
 import argparse
 import ast
 import copy
+import importlib
+import inspect
 import json
 import os
-import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import types
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("outer.py", "base.py", "buckets.py", "inner.py")
+FILES = ("outer.py", "base.py", "engine.py", "gossip.py", "buckets.py", "inner.py")
 STATEMENTS = ("removed", "returns None", "condition negated")
 SEVERAL = ["test_optimizer_overlap.py", "test_overlap.py", "test_layouts.py"]
-QUICK = [path.name for path in sorted((ROOT / "tests/slowmo").glob("test_*.py")) if path.name not in SEVERAL]
-FEW = 15  # tests that a mutant meets first: pytest imports all files of a call before it runs one
-SECONDS = 300  # a call of pytest that takes longer hangs
+BROKEN = 3  # the exit code where a mutant could not be planted
+SECONDS = 600  # a mutant that takes longer hangs, and is noticed
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
@@ -45,10 +46,17 @@ def places(tree: ast.AST):
     for index, node in enumerate(ast.walk(tree)):
         own, line = lines.get(id(node), ()), getattr(node, "lineno", 0)
         call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
-        if call or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
+        annotated = isinstance(node, ast.AnnAssign) and node.value is not None
+        if call or annotated or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
             yield "removed", own, line, index, _blank
         elif isinstance(node, ast.Return) and node.value is not None:
-            yield "returns None", own, line, index, lambda n: setattr(n, "value", ast.Constant(None))
+            yield (
+                "returns None",
+                own,
+                line,
+                index,
+                lambda n: setattr(n, "value", ast.BoolOp(ast.And(), [_never(n.value), ast.Constant(None)])),
+            )
         elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
             yield "condition negated", own, line, index, lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
         elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
@@ -61,102 +69,169 @@ def places(tree: ast.AST):
             yield "boolean negated", own, line, index, lambda n: setattr(n, "value", not n.value)
 
 
+def _never(value: ast.expr) -> ast.Lambda:
+    """A function that nobody calls: the value's names stay, so that the code still fits into its function's closure."""
+    return ast.Lambda(ast.arguments([], [], None, [], [], None, []), value)
+
+
 def _blank(node):
     """An expression without effect in the statement's place."""
+    value = (node.exc if isinstance(node, ast.Raise) else node.value) or ast.Constant(0)
     place = {k: v for k, v in node.__dict__.items() if k.endswith(("lineno", "offset"))}
-    node.__class__, node.__dict__ = ast.Expr, place | {"value": ast.Constant(0)}
+    node.__class__, node.__dict__ = ast.Expr, place | {"value": _never(value)}
 
 
 def mutants(name: str):
-    """(its text for people, the file, the statement's lines, the broken source)."""
+    """(its text for people, the file, the statement's lines, the broken tree)."""
     source = (ROOT / "slowmo" / name).read_text()
     tree = ast.parse(source)
+    inside = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
     for kind, lines, line, index, change in places(tree):
-        broken = copy.deepcopy(tree)
-        change(list(ast.walk(broken))[index])
-        text = ast.unparse(ast.fix_missing_locations(broken))
-        if text != ast.unparse(tree):
-            yield f"{name}:{line} {kind}: {source.splitlines()[line - 1].strip()[:90]}", name, lines, text
+        if line in inside:
+            broken = copy.deepcopy(tree)
+            change(list(ast.walk(broken))[index])
+            text = f"{name}:{line} {kind}: {source.splitlines()[line - 1].strip()[:90]}"
+            yield text, name, lines, ast.fix_missing_locations(broken)
 
 
-def copied(folder: Path) -> None:
-    """What git knows of, as it is now."""
-    for path in subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, folder / path)
+def plant(name: str, lines, tree: ast.AST) -> None:
+    """Put the broken code into the module as it is imported: into the function that holds these lines, or take a class's attribute away."""
+    owner, body, path = importlib.import_module(f"slowmo.{name[:-3]}"), tree.body, []
+    while True:
+        node = next(node for node in body if lines[0] in range(_first(node), node.end_lineno + 1))
+        if not isinstance(node, ast.ClassDef):
+            break
+        owner, body, path = getattr(owner, node.name), node.body, [*path, node.name]
+    if isinstance(node, ast.FunctionDef):
+        whole = inspect.getattr_static(owner, node.name)
+        whole = inspect.unwrap(whole.fget if isinstance(whole, property) else whole)
+        whole.__code__ = _code(compile(tree, whole.__code__.co_filename, "exec"), ".".join([*path, node.name]))
+    else:  # a statement of a class, of which the tree has kept the place alone
+        whole = ast.walk(ast.parse((ROOT / "slowmo" / name).read_text()))
+        taken = next(part for part in whole if isinstance(part, (ast.Assign, ast.AnnAssign)) and part.lineno == node.lineno)
+        delattr(owner, ast.unparse(taken.targets[0] if isinstance(taken, ast.Assign) else taken.target))
 
 
-def reached() -> dict[tuple[str, int], list[str]]:
-    """Of each line of the engine the quick tests that reach it, the fastest first."""
-    with tempfile.TemporaryDirectory() as folder:
-        copied(Path(folder))
-        child = get_context("fork").Process(target=_watch, args=(folder,))
-        child.start()
-        child.join()
-        if child.exitcode:
-            sys.exit("error: the tests fail as they are: pytest tests/slowmo")
-        found = json.loads((Path(folder) / "reached.json").read_text())
-    tests = defaultdict(list)
-    for test in sorted(found, key=lambda test: found[test]["seconds"]):
-        for name, lines in found[test]["lines"].items():
-            for line in lines:
-                tests[name, line].append(test)
-    return tests
+def _first(node) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
 
 
-def _watch(folder: str) -> None:
-    import coverage
-    import pytest
-
-    watch, found = coverage.Coverage(data_file=None, config_file=False, include=[f"{folder}/slowmo/{name}" for name in FILES]), {}
-
-    class Each:
-        @pytest.hookimpl(wrapper=True)
-        def pytest_runtest_protocol(self, item, nextitem):
-            begun = time.monotonic()
-            watch.erase()
-            watch.start()
-            result = yield
-            watch.stop()
-            data = watch.get_data()
-            lines = {Path(path).name: data.lines(path) for path in data.measured_files()}
-            found[item.nodeid] = {"seconds": time.monotonic() - begun, "lines": lines}
-            return result
-
-    code = _pytest(folder, [f"tests/slowmo/{name}" for name in QUICK], [Each()])
-    (Path(folder) / "reached.json").write_text(json.dumps(found))
-    os._exit(int(code))
+def _code(code: types.CodeType, qualname: str) -> types.CodeType | None:
+    """The code object of this name, somewhere inside."""
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            found = part if part.co_qualname == qualname else _code(part, qualname)
+            if found:
+                return found
+    return None
 
 
-def survives(mutant, tests: list[str]) -> bool:
-    """Whether every test passes with this mutant in place of its file. tests: those that reach it."""
-    _, name, _, text = mutant
-    with tempfile.TemporaryDirectory() as folder:
-        copied(Path(folder))
-        (Path(folder) / "slowmo" / name).write_text(text)
-        for suite in (tests[:FEW], tests[FEW:], [f"tests/slowmo/{other}" for other in SEVERAL]):
-            if not suite:
-                continue
-            child = get_context("fork").Process(target=lambda suite=suite: os._exit(int(_pytest(folder, suite))))
-            child.start()
-            child.join(SECONDS)  # a mutant that hangs is noticed
-            if child.is_alive():
-                child.kill()
-                child.join()
-            if child.exitcode:
-                return False
+class Mutation:
+    """A plugin of pytest that meets mutants instead of running what was collected."""
+
+    def __init__(self, found: list, before: int, jobs: int):
+        self.found, self.before, self.jobs, self.alive = found, before, jobs, []
+
+    def pytest_runtestloop(self, session) -> bool:
+        several = [item for item in session.items if item.path.name in SEVERAL]
+        quick = {item.nodeid: item for item in session.items if item.path.name not in SEVERAL}
+        tests = self._reached(list(quick.values()))
+        total, reaching = self.before + len(self.found), {test for some in tests.values() for test in some}
+        print(f"{total} mutants; {len(reaching)} tests reach the engine, {len(several)} more are of several processes", flush=True)
+        waiting, running = list(enumerate(self.found, self.before + 1)), {}
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                number, mutant = waiting.pop(0)
+                _, name, lines, tree = mutant
+                order = dict.fromkeys(test for line in lines for test in tests[name, line])
+                child = fork(lambda items=[quick[test] for test in order] + several, m=mutant[1:]: _meets(items, *m))
+                running[child] = number, mutant, time.monotonic() + SECONDS
+            time.sleep(0.01)
+            for child, (number, mutant, deadline) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if not done and time.monotonic() > deadline:
+                    os.killpg(child, signal.SIGKILL)
+                    done, status = os.waitpid(child, 0)
+                if done:
+                    del running[child]
+                    survived = status == 0
+                    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
+                        sys.exit(f"error: this mutant does not fit into its module: {mutant[0]}")
+                    print(f"{number}/{total} {'SURVIVED' if survived else 'noticed '} {mutant[0]}", flush=True)
+                    self.alive += [mutant[0]] if survived else []
         return True
 
+    def _reached(self, items: list) -> dict[tuple[str, int], list[str]]:
+        """Of each line of the engine the quick tests that reach it, the fastest first."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "reached.json"
+            _, status = os.waitpid(fork(lambda: 0 * path.write_text(json.dumps(_watched(items)))), 0)
+            if status:
+                sys.exit("error: the tests fail as they are: pytest tests/slowmo")
+            found = json.loads(path.read_text())
+        tests = defaultdict(list)
+        for test in sorted(found, key=lambda test: found[test]["seconds"]):
+            for name, lines in found[test]["lines"].items():
+                for line in lines:
+                    tests[name, line].append(test)
+        return tests
 
-def _pytest(folder: str, suite: list[str], plugins=()) -> int:
-    os.chdir(folder)
-    sys.path[:] = [folder, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "scripts"))]
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    os.dup2(sys.stdout.fileno(), 1)
-    os.dup2(sys.stdout.fileno(), 2)
-    import pytest
 
-    return pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *suite], plugins)
+def fork(work) -> int:
+    """A silent child in a process group of its own that ends with the exit code `work()`, or 1 where that raises."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setpgrp()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            code = work()
+        finally:
+            os._exit(code)
+    return child
+
+
+def _meets(items: list, name: str, lines, tree: ast.AST) -> int:
+    """0 where every test passes with this mutant."""
+    try:
+        plant(name, lines, tree)
+    except Exception:
+        return BROKEN
+    return 0 if _pass(items) else 1
+
+
+def _pass(items: list) -> bool:
+    from _pytest.runner import runtestprotocol
+
+    for item, following in zip(items, [*items[1:], None]):
+        if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
+            return False
+    return True
+
+
+def _watched(items: list) -> dict[str, dict]:
+    import coverage
+
+    watch, found = coverage.Coverage(data_file=None, config_file=False, include=[f"{ROOT}/slowmo/{name}" for name in FILES]), {}
+    for item in items:
+        begun = time.monotonic()
+        watch.erase()
+        watch.start()
+        passes = _pass([item])
+        watch.stop()
+        if not passes:
+            raise AssertionError(item.nodeid)
+        data = watch.get_data()
+        lines = {Path(path).name: data.lines(path) for path in data.measured_files()}
+        found[item.nodeid] = {"seconds": time.monotonic() - begun, "lines": lines}
+    return found
 
 
 def main() -> None:
@@ -167,33 +242,17 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="each k-th of them: a sample")
     parser.add_argument("--all", action="store_true", help="operators and numbers too, not statements alone")
     options = parser.parse_args()
-    # what the tests import and the mutants do not touch, once for all children
-    import hydra  # noqa: F401
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import torch.distributed.checkpoint.state_dict  # noqa: F401
+    import pytest
 
-    torch.set_num_threads(1)
+    os.chdir(ROOT)
     found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(options.only)]
     found = [mutant for mutant in found if options.all or any(f" {kind}:" in mutant[0] for kind in STATEMENTS)]
     found = found[:: options.every]
-    total, found = len(found), found[options.start - 1 :]
-    tests = reached()
-    print(f"{total} mutants; {len({test for some in tests.values() for test in some})} tests reach the engine", flush=True)
-
-    def noticed(mutant) -> bool:
-        _, name, lines, _ = mutant
-        order = dict.fromkeys(test for line in lines for test in tests[name, line])
-        return not survives(mutant, list(order))
-
-    alive = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (mutant, good) in enumerate(zip(found, pool.map(noticed, found)), total - len(found) + 1):
-            print(f"{number}/{total} {'noticed ' if good else 'SURVIVED'} {mutant[0]}", flush=True)
-            alive += [] if good else [mutant[0]]
-    print(f"{len(found) - len(alive)} of {len(found)} mutants noticed")
-    print(*alive, sep="\n")
+    before, found = options.start - 1, found[options.start - 1 :]
+    plugin = Mutation(found, before, options.jobs)
+    pytest.main(["-q", "-n", "0", "-s", "-p", "no:cacheprovider", "tests/slowmo"], [plugin])
+    print(f"{len(found) - len(plugin.alive)} of {len(found)} mutants noticed")
+    print(*plugin.alive, sep="\n")
 
 
 if __name__ == "__main__":

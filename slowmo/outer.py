@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from slowmo.base import BUFFERS, LocalSGD
+from slowmo.base import LocalSGD
 from slowmo.buckets import Segment
+from slowmo.engine import BUFFERS
 
 Kept = dict[Segment, tuple[torch.Tensor, ...]]  # of each segment, one for each of `slow_names`
 

@@ -46,7 +46,7 @@ COMMANDS |= {
     if "NAME" not in line and "key=value" not in line
 }  # fmt: skip
 # what somebody who uses slowmo.SlowMo, or the objects underneath, may meet
-MODULES = ("optimizer", "inner", "replicas", "buckets", "base", "outer", "cluster", "topology", "state")
+MODULES = ("optimizer", "inner", "replicas", "buckets", "base", "engine", "gossip", "outer", "cluster", "topology", "state")
 
 
 # ---- programs

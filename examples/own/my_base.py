@@ -4,7 +4,7 @@ from slowmo.base import AllReduce
 
 
 class SignSGD(AllReduce):
-    """x_i <- x_i - γ sign(mean of the workers' signs). A base has a few places to change; slowmo/base.py lists them."""
+    """x_i <- x_i - γ sign(mean of the workers' signs). A base has a few places to change; slowmo/engine.py lists them."""
 
     def _start_mean(self, bucket):
         """The last gradient of this bucket has come: instead of itself a worker sends its signs."""

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from helpers import BASES, Several, average, build, run, sgd, slow, two_groups
 from processes import spawn
 
-from slowmo.base import BUFFERS
 from slowmo.cluster import Cluster, layout
+from slowmo.engine import BUFFERS
 from slowmo.outer import Average, NesterovOuter, SlowMo
 
 TAU, STEPS = 2, 7  # three slow steps and a part of a round

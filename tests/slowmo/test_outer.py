@@ -22,7 +22,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowmo.base import BUFFERS
+from slowmo.engine import BUFFERS
 from slowmo.outer import Average, NesterovOuter, SlowMo, Streaming
 from slowmo.state import load_state_dict, state_dict
 
