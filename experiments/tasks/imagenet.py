@@ -42,7 +42,7 @@ class ImageNet(HalfPrecision):
     """
 
     def __init__(self, workers: int, seed: int, dtype: str, device: str, data, batch_size: int, model: str, layers: list[int] | None,
-                 width: int, size: int, resize: int, scale: float, flip: bool, num_loader_workers: int,
+                 width: int | None, size: int, resize: int, scale: float, flip: bool, num_loader_workers: int,
                  autocast: str | None, loss_scale: float,
                  channels_last: bool = True):  # fmt: skip
         if data.name not in ("imagenet", "glyphs"):
@@ -53,6 +53,8 @@ class ImageNet(HalfPrecision):
         if not 0 < size <= resize or not 0 < scale <= 1 or num_loader_workers < 0:
             given = f"size={size}, resize={resize}, scale={scale}, num_loader_workers={num_loader_workers}"
             raise ValueError(f"task: {given}: 0 < size <= resize, 0 < scale <= 1 and num_loader_workers >= 0 are needed")
+        if (layers is None) != (width is None):
+            raise ValueError(f"task.layers={layers} with task.width={width}: the small ResNet needs both, torchvision's networks take neither")
         if layers is None and model not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"task.model={model}: torchvision knows no such classifier; resnet50 is the paper's")
         self.workers, self.seed, self.batch, self.data = workers, seed % 2**63, batch_size // workers, data

@@ -281,7 +281,9 @@ def test_missing_data_name_the_remedy(change, words, make, copy):
     ({"batch_size": 90}, "66 training pictures do not fill one batch of 90"),
     ({"autocast": "half"}, "choose bfloat16, float16 or null"),
     ({"size": 64}, "size=64, resize=36, .*: 0 < size <= resize"),
-    ({"layers": None, "model": "resnet500"}, "torchvision knows no such classifier"),
+    ({"layers": None, "width": None, "model": "resnet500"}, "torchvision knows no such classifier"),
+    ({"layers": None, "width": 16, "model": "resnet50"}, "torchvision's networks take neither"),
+    ({"width": None}, "the small ResNet needs both"),
 ])  # fmt: skip
 def test_nonsense_is_refused(options, words, make):
     with pytest.raises(ValueError, match=words):
@@ -293,7 +295,7 @@ def test_nonsense_is_refused(options, words, make):
 
 def test_the_paper_s_network(make):
     """torchvision's ResNet-50 as Goyal et al. start it: each block is the identity, the last layer is small."""
-    model = make(layers=None, model="resnet50").model()
+    model = make(layers=None, width=None, model="resnet50").model()
     blocks = [m for m in model.modules() if isinstance(m, torchvision.models.resnet.Bottleneck)]
     assert len(blocks) == 16 and all(not block.bn3.weight.any() and block.bn2.weight.all() for block in blocks)
     assert model.fc.weight.shape == (3, 2048) and model.fc.weight.detach().std() == pytest.approx(0.01, rel=0.05)

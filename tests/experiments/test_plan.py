@@ -370,7 +370,7 @@ def test_an_experiment_alone_is_what_hydra_composes(name):
         ("optimizer=adam", "optimizer", {"lr": 0.001, "betas": [0.9, 0.999], "weight_decay": 0.0}),
         ("optimizer=adamw", "optimizer", {"lr": 0.001, "betas": [0.9, 0.999], "weight_decay": 0.01}),
         ("data=cifar10", "data", {"name": "cifar10", "root": "data", "download": False}),
-        ("task=imagenet", "task", {"batch_size": 8192, "model": "resnet50", "layers": None, "width": 64}),
+        ("task=imagenet", "task", {"batch_size": 8192, "model": "resnet50", "layers": None, "width": None}),
     ],
 )
 def test_another_option_has_its_own_values(word, group, own):
@@ -389,6 +389,12 @@ def test_another_option_has_its_own_values(word, group, own):
 def config_check(found):
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config.check(found)
+
+
+def test_bleu_of_more_models_than_are_kept_is_refused():
+    with pytest.raises(ValueError, match="task.bleu.average=10 models, evaluate.keep=3: .*raise evaluate.keep"):
+        config_check(composed("experiment=wmt16_sgp", "evaluate.keep=3"))
+    config_check(composed("experiment=wmt16_sgp", "evaluate.keep=3", "task.bleu.subsets=[]"))
 
 
 def test_what_is_typed_stands():
