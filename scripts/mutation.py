@@ -49,7 +49,11 @@ def places(tree: ast.AST):
         annotated = isinstance(node, ast.AnnAssign) and node.value is not None
         if call or annotated or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
             yield "removed", own, line, index, _blank
-        elif isinstance(node, ast.Return) and node.value is not None:
+        elif (
+            isinstance(node, ast.Return)
+            and node.value is not None
+            and not (isinstance(node.value, ast.Constant) and node.value.value is None)
+        ):
             yield (
                 "returns None",
                 own,
@@ -148,7 +152,7 @@ class Mutation:
             while waiting and len(running) < self.jobs:
                 number, mutant = waiting.pop(0)
                 _, name, lines, tree = mutant
-                order = dict.fromkeys(test for line in lines for test in tests[name, line])
+                order = dict.fromkeys(test for line in lines for test in tests[name, line]) or quick  # of a class: read at import
                 child = fork(lambda items=[quick[test] for test in order] + several, m=mutant[1:]: _meets(items, *m))
                 running[child] = number, mutant, time.monotonic() + SECONDS
             time.sleep(0.01)

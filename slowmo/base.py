@@ -69,8 +69,8 @@ class SGP(LocalSGD):
         rows = replicas.segments[0].x
         self.w = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
         self.regular = self.gossip.regular
-        self._weights: Sequence[float | torch.Tensor] = []
-        self._next_w = self.w
+        self._weights: Sequence[float | torch.Tensor]  # of the step that has been started
+        self._next_w: torch.Tensor
 
     def restart(self, segment: Segment, x: torch.Tensor, buffers: str = "maintain", exact: bool = True) -> None:
         super().restart(segment, x, buffers, exact)

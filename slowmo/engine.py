@@ -49,8 +49,8 @@ class Engine(abc.ABC):
         reduces = self._all_workers and self.cluster.num_workers > 1 or self.cluster.worker_size > 1
         self.handover = Handover(replicas, self._start_mean if reduces else None, overlap or reduces)
         self.base, self.steps = self, 0  # finished steps; never restart
-        self._average: str | None = None
-        self._fragment: int | None = None
+        self._average: str | None  # as `start` was told
+        self._fragment: int | None
         self._averages: dict[Segment, Callable[[], torch.Tensor]] = {}
 
     @property

@@ -175,6 +175,20 @@ def test_a_bucket_waits_for_those_before_it():
 # --- gradients (I2, I3, I7) ---
 
 
+def never_there(waited):
+    """A cluster of four workers whose means are there when somebody waits for them, and not before."""
+
+    class Waited(Cluster):
+        def all_reduce(self, *a, wait=True, **more):
+            def finish():
+                waited.append(True)
+
+            finish.is_completed = lambda: False
+            return finish
+
+    return Waited(4)
+
+
 def small(base="sgp", m=1, overlap=True, accumulate=1, **more):
     task = Shuffled(accumulate)
     replicas, algorithm = build(task, m, base, biases_apart(sgd), accumulate=accumulate, overlap=overlap, **more)
@@ -324,19 +338,20 @@ def test_nothing_is_armed_between_steps():
 def test_what_a_skipped_step_left_under_way_is_waited_for():
     """A dropped handle hangs gloo; and gradients are what they will be."""
     waited = []
-
-    class Waited(Cluster):
-        def all_reduce(self, *a, wait=True, **more):
-            def finish():
-                waited.append(True)
-
-            finish.is_completed = lambda: False
-            return finish
-
-    task, replicas, algorithm = small("allreduce", 4, overlap=False, cluster=Waited(4))
+    task, replicas, algorithm = small("allreduce", 4, overlap=False, cluster=never_there(waited))
     algorithm.start(0.1)
     handover = algorithm.handover
     handover._send()  # as backward does; then the loop skips the step
     assert handover.first_unsent == 1 and not waited
     algorithm.start(0.1)
     assert len(waited) == len(replicas.buckets[0].segments) and not handover.first_unsent and handover.waits == []
+
+
+def test_backward_does_not_wait_for_means_that_are_under_way():
+    waited = []
+    task, replicas, algorithm = small("allreduce", 4, cluster=never_there(waited))
+    algorithm.start(0.1)
+    passes(task, replicas)
+    assert algorithm.handover.first_unsent == len(replicas.buckets) and not waited
+    algorithm.step()
+    assert len(waited) == len(replicas.segments)
