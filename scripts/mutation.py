@@ -1,10 +1,10 @@
 """Break each statement of the engine (outer, base, engine, gossip, buckets, inner) in turn; a test must notice.
 
-    python scripts/mutation.py [--jobs 1] [--only outer.py:40] [--start 1] [--every 1] [--all]
+    python scripts/mutation.py [--jobs 1] [--only outer.py:40 ...] [--start 1] [--every 1] [--all]
 
 A mutant removes a statement, negates a condition or returns None; with --all also swaps + and -, * and /, < and <=, negates a truth
 value or adds 1 to a number. First the quick tests run once and coverage.py writes down which lines each of them reaches. A mutant then
-meets the tests that reach its statement, the fastest first, and last the tests of several processes, whose lines are not seen; the first
+meets the tests that reach its statement, the fastest first, and last those that start processes, whose lines are not seen; the first
 failure ends it. Each meets them in a fork of one process that has collected all tests, with the broken function's code in the place of
 the whole one. Statements of a module, outside functions and classes, are left out: nothing can be imported without them. Prints the
 survivors and the count.
@@ -12,6 +12,7 @@ survivors and the count.
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import inspect
@@ -28,9 +29,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = ("outer.py", "base.py", "engine.py", "gossip.py", "buckets.py", "inner.py")
 STATEMENTS = ("removed", "returns None", "condition negated")
-SEVERAL = ["test_optimizer_overlap.py", "test_overlap.py", "test_layouts.py"]
+LONG = ["test_optimizer_overlap.py", "test_overlap.py", "test_layouts.py"]  # they all start processes
+STARTS = "processes.py"  # of tests/support, which starts them
 BROKEN = 3  # the exit code where a mutant could not be planted
-SECONDS = 600  # a mutant that takes longer hangs, and is noticed
+SECONDS = 120  # a test that takes longer hangs, and has noticed
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
@@ -142,27 +144,27 @@ class Mutation:
         self.found, self.before, self.jobs, self.alive = found, before, jobs, []
 
     def pytest_runtestloop(self, session) -> bool:
-        several = [item for item in session.items if item.path.name in SEVERAL]
-        quick = {item.nodeid: item for item in session.items if item.path.name not in SEVERAL}
-        tests = self._reached(list(quick.values()))
+        long = [item for item in session.items if item.path.name in LONG]
+        quick = {item.nodeid: item for item in session.items if item.path.name not in LONG}
+        tests, starting = self._reached(list(quick.values()))
+        several = [quick[test] for test in starting] + long
         total, reaching = self.before + len(self.found), {test for some in tests.values() for test in some}
-        print(f"{total} mutants; {len(reaching)} tests reach the engine, {len(several)} more are of several processes", flush=True)
+        print(f"{total} mutants; {len(reaching)} tests reach the engine, {len(several)} start processes", flush=True)
         waiting, running = list(enumerate(self.found, self.before + 1)), {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 number, mutant = waiting.pop(0)
                 _, name, lines, tree = mutant
                 order = dict.fromkeys(test for line in lines for test in tests[name, line]) or quick  # of a class: read at import
-                child = fork(lambda items=[quick[test] for test in order] + several, m=mutant[1:]: _meets(items, *m))
-                running[child] = number, mutant, time.monotonic() + SECONDS
+                child = fork(lambda items=[quick[test] for test in order], m=mutant[1:]: _meets(items + several, *m))
+                running[child] = number, mutant
             time.sleep(0.01)
-            for child, (number, mutant, deadline) in list(running.items()):
+            for child, (number, mutant) in list(running.items()):
                 done, status = os.waitpid(child, os.WNOHANG)
-                if not done and time.monotonic() > deadline:
-                    os.killpg(child, signal.SIGKILL)
-                    done, status = os.waitpid(child, 0)
                 if done:
                     del running[child]
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child, signal.SIGKILL)  # what a test has started
                     survived = status == 0
                     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
                         sys.exit(f"error: this mutant does not fit into its module: {mutant[0]}")
@@ -170,20 +172,20 @@ class Mutation:
                     self.alive += [mutant[0]] if survived else []
         return True
 
-    def _reached(self, items: list) -> dict[tuple[str, int], list[str]]:
-        """Of each line of the engine the quick tests that reach it, the fastest first."""
+    def _reached(self, items: list) -> tuple[dict[tuple[str, int], list[str]], list[str]]:
+        """(of each line of the engine the quick tests that reach it, those that start processes), the fastest first."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "reached.json"
             _, status = os.waitpid(fork(lambda: 0 * path.write_text(json.dumps(_watched(items)))), 0)
             if status:
                 sys.exit("error: the tests fail as they are: pytest tests/slowmo")
             found = json.loads(path.read_text())
-        tests = defaultdict(list)
-        for test in sorted(found, key=lambda test: found[test]["seconds"]):
+        tests, order = defaultdict(list), sorted(found, key=lambda test: found[test]["seconds"])
+        for test in order:
             for name, lines in found[test]["lines"].items():
                 for line in lines:
                     tests[name, line].append(test)
-        return tests
+        return tests, [test for test in order if STARTS in found[test]["lines"]]
 
 
 def fork(work) -> int:
@@ -215,6 +217,7 @@ def _pass(items: list) -> bool:
     from _pytest.runner import runtestprotocol
 
     for item, following in zip(items, [*items[1:], None]):
+        signal.alarm(SECONDS)  # which ends this process
         if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
             return False
     return True
@@ -223,7 +226,8 @@ def _pass(items: list) -> bool:
 def _watched(items: list) -> dict[str, dict]:
     import coverage
 
-    watch, found = coverage.Coverage(data_file=None, config_file=False, include=[f"{ROOT}/slowmo/{name}" for name in FILES]), {}
+    seen = [f"{ROOT}/slowmo/{name}" for name in FILES] + [f"{ROOT}/tests/support/{STARTS}"]
+    watch, found = coverage.Coverage(data_file=None, config_file=False, include=seen), {}
     for item in items:
         begun = time.monotonic()
         watch.erase()
@@ -241,7 +245,7 @@ def _watched(items: list) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="mutants whose name starts so")
+    parser.add_argument("--only", nargs="+", default=[""], help="mutants whose name starts so")
     parser.add_argument("--start", type=int, default=1, help="go on from this number of the list")
     parser.add_argument("--every", type=int, default=1, help="each k-th of them: a sample")
     parser.add_argument("--all", action="store_true", help="operators and numbers too, not statements alone")
@@ -249,7 +253,7 @@ def main() -> None:
     import pytest
 
     os.chdir(ROOT)
-    found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(options.only)]
+    found = [mutant for name in FILES for mutant in mutants(name) if mutant[0].startswith(tuple(options.only))]
     found = [mutant for mutant in found if options.all or any(f" {kind}:" in mutant[0] for kind in STATEMENTS)]
     found = found[:: options.every]
     before, found = options.start - 1, found[options.start - 1 :]
