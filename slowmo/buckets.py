@@ -251,11 +251,12 @@ class Handover:
         self.starter: Callable[[], None] | None = None  # called where gradients arrive for a step that nobody has started
         if hooks:
             replicas.register_grad_hook(self._arrived)
-        self.advance: Callable[[Bucket], None]  # from `enable` on
-        self.overlap, self.behind = False, 0.0
+        self.advance: Callable[[Bucket], None]  # from `enable` on, as the next ones
+        self.overlap: bool
+        self.behind: float
+        self.missing: list[int]
         self.enabled, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list[Pending] = []
-        self.missing: list[int] = []
         self.passes, self.graphs = 0, set[int]()  # backward passes of this step that have ended; those that have begun, by torch's number
 
     def enable(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:

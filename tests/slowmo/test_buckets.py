@@ -355,3 +355,15 @@ def test_backward_does_not_wait_for_means_that_are_under_way():
     assert algorithm.handover.first_unsent == len(replicas.buckets) and not waited
     algorithm.step()
     assert len(waited) == len(replicas.segments)
+
+
+def test_a_backward_that_still_needs_a_stepped_weight_raises():
+    """As torch does where an optimizer steps between forward and backward: here the input's gradient comes after the step."""
+    a, w, x = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    model = torch.nn.ParameterList([a, w])
+    algorithm = slowmo.LocalSGD(Replicas(model, Cluster(1)), torch.optim.SGD(model.parameters(), lr=0.1), overlap=True)
+    algorithm.start()
+    product = x * w.detach()
+    loss = (product * a).sum() + w.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -152,6 +152,22 @@ def test_a_bfloat16_layer_has_master_weights(overlap):
     assert copied.b.dtype == torch.bfloat16 and torch.equal(copied.b, replicas.models[0].b)
 
 
+def test_gradients_by_hand_follow_some_by_backward():
+    """Of a layer in bfloat16, where the mean of one step was shown to the loop and the next one never sees a backward."""
+    replicas, algorithm = made(Mixed(), 2, lr=0.5, base="allreduce")
+    algorithm.start()
+    for replica in replicas.models:
+        replica(torch.tensor(1.0)).backward()
+    algorithm.step()
+    before = replicas.rows()
+    algorithm.start()
+    for replica in replicas.models:
+        replica.b.grad = torch.ones_like(replica.b)
+    algorithm.step()
+    expected = torch.tensor([0.0] * 3 + [0.5] * 5)
+    torch.testing.assert_close(before - replicas.rows(), expected.expand(2, -1))
+
+
 def test_rows_may_be_wider_than_the_model():
     replicas, algorithm = made(torch.nn.Linear(2, 1).bfloat16(), 1, lr=0.5, dtype=torch.float32)
     w = replicas.rows()[0]
