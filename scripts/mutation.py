@@ -32,7 +32,8 @@ STATEMENTS = ("removed", "returns None", "condition negated")
 LONG = ["test_optimizer_overlap.py", "test_overlap.py", "test_layouts.py"]  # they all start processes
 STARTS = "processes.py"  # of tests/support, which starts them
 BROKEN = 3  # the exit code where a mutant could not be planted
-SECONDS = 120  # a test that takes longer hangs, and has noticed
+SECONDS = 300  # a test that takes longer hangs, and has noticed; of one whose time is known, TIMES that and ten seconds
+TIMES = 20
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}  # fmt: skip
 
@@ -141,7 +142,7 @@ class Mutation:
     """A plugin of pytest that meets mutants instead of running what was collected."""
 
     def __init__(self, found: list, before: int, jobs: int):
-        self.found, self.before, self.jobs, self.alive = found, before, jobs, []
+        self.found, self.before, self.jobs, self.alive, self.limits = found, before, jobs, [], {}
 
     def pytest_runtestloop(self, session) -> bool:
         long = [item for item in session.items if item.path.name in LONG]
@@ -156,7 +157,7 @@ class Mutation:
                 number, mutant = waiting.pop(0)
                 _, name, lines, tree = mutant
                 order = dict.fromkeys(test for line in lines for test in tests[name, line]) or quick  # of a class: read at import
-                child = fork(lambda items=[quick[test] for test in order], m=mutant[1:]: _meets(items + several, *m))
+                child = fork(lambda items=[quick[test] for test in order], m=mutant[1:]: _meets(items + several, self.limits, *m))
                 running[child] = number, mutant
             time.sleep(0.01)
             for child, (number, mutant) in list(running.items()):
@@ -180,6 +181,7 @@ class Mutation:
             if status:
                 sys.exit("error: the tests fail as they are: pytest tests/slowmo")
             found = json.loads(path.read_text())
+        self.limits = {test: 10 + int(TIMES * facts["seconds"]) for test, facts in found.items()}
         tests, order = defaultdict(list), sorted(found, key=lambda test: found[test]["seconds"])
         for test in order:
             for name, lines in found[test]["lines"].items():
@@ -204,20 +206,20 @@ def fork(work) -> int:
     return child
 
 
-def _meets(items: list, name: str, lines, tree: ast.AST) -> int:
+def _meets(items: list, limits: dict[str, int], name: str, lines, tree: ast.AST) -> int:
     """0 where every test passes with this mutant."""
     try:
         plant(name, lines, tree)
     except Exception:
         return BROKEN
-    return 0 if _pass(items) else 1
+    return 0 if _pass(items, limits) else 1
 
 
-def _pass(items: list) -> bool:
+def _pass(items: list, limits: dict[str, int]) -> bool:
     from _pytest.runner import runtestprotocol
 
     for item, following in zip(items, [*items[1:], None]):
-        signal.alarm(SECONDS)  # which ends this process
+        signal.alarm(limits.get(item.nodeid, SECONDS))  # which ends this process
         if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
             return False
     return True
@@ -232,7 +234,7 @@ def _watched(items: list) -> dict[str, dict]:
         begun = time.monotonic()
         watch.erase()
         watch.start()
-        passes = _pass([item])
+        passes = _pass([item], {})
         watch.stop()
         if not passes:
             raise AssertionError(item.nodeid)
