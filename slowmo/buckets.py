@@ -255,9 +255,10 @@ class Handover:
         self.overlap: bool
         self.behind: float
         self.missing: list[int]
+        self.passes: int  # backward passes of this step that have ended
+        self.graphs: set[int]  # those that have begun, by torch's number
         self.enabled, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
         self.waits: list[Pending] = []
-        self.passes, self.graphs = 0, set[int]()  # backward passes of this step that have ended; those that have begun, by torch's number
 
     def enable(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
         """A step begins."""
