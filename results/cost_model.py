@@ -184,7 +184,7 @@ def arrival(ready: np.ndarray, costs: list[np.ndarray], at_once: int) -> np.ndar
 
 
 def buckets(size: float, full: float = BUCKET, layer: float = 1) -> list[float]:
-    """Bytes of buckets, as slowmo/buckets.py cuts them: a small one, each at most twice the one before, the last two are halves.
+    """Bytes of buckets, as slowmo/buckets.py cuts them: a small one, each at most twice the one before, the last ones halve.
 
     layer: bytes of a layer, with which a bucket ends.
     """
@@ -192,7 +192,7 @@ def buckets(size: float, full: float = BUCKET, layer: float = 1) -> list[float]:
     while left >= 1:
         parts.append(min(left, math.ceil(least / layer - 1e-9) * layer))
         left -= parts[-1]
-        least = min(2 * parts[-1], full, max(left, full) / 2)
+        least = min(2 * parts[-1], full, max(left, full / 4) / 2)
     return parts
 
 

@@ -170,8 +170,8 @@ def cut(parameters: Named, kinds: list[tuple[int, int]], rows: int, dtype: torch
     """Buckets for `parameters`, a list of (name, parameter); kinds: of each the numbers of its parameter group and fragment.
 
     bucket_cap_mb: MiB per row, as DDP's. The first bucket is a 25th of it, so that the wire is busy early, and each is at most twice the
-    one before, so that it stays busy where sending takes longer than computing; the last two are halves, because no computation hides the
-    last.
+    one before, so that it stays busy where sending takes longer than computing. The last ones halve, down to an eighth of it, because no
+    computation hides the last.
     """
     full = bucket_cap_mb * 2**20 / dtype.itemsize
     left = sum(p.numel() for _, p in parameters)
@@ -182,7 +182,7 @@ def cut(parameters: Named, kinds: list[tuple[int, int]], rows: int, dtype: torch
         size += parameters[index][1].numel()
         left -= parameters[index][1].numel()
         if size >= limit and left:
-            limit, size = min(2 * size, full, max(left, full) / 2), 0
+            limit, size = min(2 * size, full, max(left, full / 4) / 2), 0
             pieces.append([])
     return [Bucket(number, _segments(parameters, kinds, piece, rows, dtype)) for number, piece in enumerate(pieces)]
 
