@@ -34,9 +34,9 @@ STRAGGLING = (
     "before it waits for all."
 )
 MISSED = (
-    "Rows on loopback have nothing to hide a message behind: it takes the cores that compute. SGP with a long message leaves the link "
-    "idle until the first bucket has its gradients. OSGP's message is under way while gradients are formed, so it takes memory of its "
-    "own; SGP's comes into the gradients' memory when the optimizer has used it."
+    "Rows on loopback have nothing to hide a message behind: it takes the cores that compute. A slow step sends 2 (m - 1)/m times the "
+    "bytes of gossip's, in a ring of 2 (m - 1) hops, which is most of what SlowMo adds to SGP. OSGP's message is under way while gradients "
+    "are formed, so it takes memory of its own; SGP's comes into the gradients' memory when the optimizer has used it."
 )
 NOTES = {  # of each cell that is more than 15% off, and of what the column says
     "imagenet": "AR-SGD: the paper's 420 is compute and a whole ring one after the other. Double-averaging over Local SGD: an average of"

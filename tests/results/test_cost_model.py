@@ -47,24 +47,24 @@ def test_iterations_by_hand():
 
 
 def test_iterations_in_buckets_by_hand():
-    """C = 3, so that gradients come from 1 to 3: those of these buckets are there at 1.04, 1.12, 1.28, 1.6, 2.24, 2.74 and 3."""
-    sizes = (0.02, 0.04, 0.08, 0.16, 0.32, 0.25, 0.13)
+    """C = 3, so that gradients come from 1 to 3: those of the first bucket are there at 1.04, of the last but one at 2.935."""
+    sizes = (0.02, 0.04, 0.08, 0.16, 0.32, 0.19, 0.095, 0.0625, 0.0325)
     assert cost_model.buckets(MB, 0.5 * MB) == pytest.approx([size * MB for size in sizes])
     of = lambda cell, overlap, links=SLOW: seconds(f"imagenet_{cell}", 3.0, MB, links, overlap, bucket=0.5 * MB)
     # each ring takes 0.6 and 1.5 times its bucket; during backward the wire is busy from 1.04 on
-    during, after = 1.04 + 7 * 0.6 + 1.5, 3 + 7 * 0.6 + 1.5
+    during, after = 1.04 + 9 * 0.6 + 1.5, 3 + 9 * 0.6 + 1.5
     assert of("ar_sgd", True) == pytest.approx(during) and of("ar_sgd", False) == pytest.approx(after)
     assert of("local_sgd", True) == of("slowmo_local_sgd", True) == pytest.approx(3 + (during - 3) / 12)
     assert of("local_sgd", False) == pytest.approx(3 + (after - 3) / 12)
     # messages follow each other, latency counts once: during backward the last bucket's alone is waited for
-    assert of("sgp", True) == pytest.approx(3 + 0.13 + 0.1)
+    assert of("sgp", True) == pytest.approx(3 + 0.0325 + 0.1)
     assert of("sgp", False) == pytest.approx(3 + 1 + 0.1)
     assert of("osgp", True) == of("osgp", False) == 3
     # buffers are averaged when rows are there: nothing hides them
-    assert of("double_averaging_local_sgd", True) == pytest.approx(3 + (during - 3 + 7 * 0.6 + 1.5) / 12)
-    # of two rings at once the link carries one's bytes during the other's latency: (1, 2), (3, 4), (5, 6) and 7
+    assert of("double_averaging_local_sgd", True) == pytest.approx(3 + (during - 3 + 9 * 0.6 + 1.5) / 12)
+    # of two rings at once the link carries one's bytes during the other's latency: (1, 2), (3, 4), (5, 6), (7, 8) and 9
     two = dataclasses.replace(SLOW, at_once=2)
-    assert 3 + 1.5 + 4 * 0.6 > of("ar_sgd", False, two) > 3 + 1.5 + 0.6
+    assert 3 + 1.5 + 5 * 0.6 > of("ar_sgd", False, two) > 3 + 1.5 + 0.6
 
 
 def test_which_rows_have_two_ways():
@@ -138,7 +138,7 @@ def test_the_papers_sgp_lies_between_ours():
     task, compute = cost_model.TASKS["imagenet"], cost_model.fitted("imagenet")
     during, after = (seconds("imagenet_sgp", compute, task.size, Links(task.nodes), overlap) for overlap in (True, False))
     assert during < 0.304 < after
-    assert "takes 1.12 times as long as its OSGP, ours 1.03" in report.against_paper("imagenet")
+    assert "takes 1.12 times as long as its OSGP, ours 1.01" in report.against_paper("imagenet")
     assert "hides 60% of its message" in report.hidden("OSGP", 1.2, 1.1, 1.5)
     assert "waits for the whole message" in report.hidden("OSGP", 1.6, 1.1, 1.5) and "all that" in report.hidden("OSGP", 1.0, 1.1, 1.5)
 
@@ -154,7 +154,7 @@ def test_measured_on_links_and_modelled_agree():
         facts = dict(zip(store.NETWORK, network))
         off |= {(facts["straggler"], facts["jitter"], row) for row, value in ratio.items() if abs(math.log(value)) > math.log(1.15)}
     # rings of many hosts on two cores: docs/runtime.md
-    assert off == {(1.0, 0.0, "ar_sgd_after"), (1.5, 0.0, "ar_sgd")}
+    assert off == {(1.0, 0.0, "ar_sgd"), (1.0, 0.0, "ar_sgd_after"), (1.5, 0.0, "ar_sgd")}
 
 
 def lines(**given):
