@@ -179,8 +179,8 @@ def check(composed: Composed) -> None:
     if not 0 < cfg.cluster.timeout < 1e9:
         raise ValueError(f"cluster.timeout={cfg.cluster.timeout}: a positive number of seconds")
     if "bleu" in cfg.task and cfg.task.bleu.subsets and cfg.evaluate.keep < cfg.task.bleu.average:
-        kept = f"evaluate.keep={cfg.evaluate.keep}"
-        raise ValueError(f"task.bleu.average={cfg.task.bleu.average} models, {kept}: BLEU averages models that are kept, raise evaluate.keep")
+        given = f"task.bleu.average={cfg.task.bleu.average} models, evaluate.keep={cfg.evaluate.keep}"
+        raise ValueError(f"{given}: BLEU averages models that are kept, raise evaluate.keep")
     if not cfg.runs or "\0" in cfg.runs:
         raise ValueError("runs is empty: give the folder of all runs")
     layout(cfg.workers, launch.processes(cfg))

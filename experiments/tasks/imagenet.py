@@ -54,7 +54,8 @@ class ImageNet(HalfPrecision):
             given = f"size={size}, resize={resize}, scale={scale}, num_loader_workers={num_loader_workers}"
             raise ValueError(f"task: {given}: 0 < size <= resize, 0 < scale <= 1 and num_loader_workers >= 0 are needed")
         if (layers is None) != (width is None):
-            raise ValueError(f"task.layers={layers} with task.width={width}: the small ResNet needs both, torchvision's networks take neither")
+            given = f"task.layers={layers} with task.width={width}"
+            raise ValueError(f"{given}: the small ResNet needs both, torchvision's networks take neither")
         if layers is None and model not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"task.model={model}: torchvision knows no such classifier; resnet50 is the paper's")
         self.workers, self.seed, self.batch, self.data = workers, seed % 2**63, batch_size // workers, data
