@@ -152,6 +152,15 @@ def test_a_bfloat16_layer_has_master_weights(overlap):
     assert copied.b.dtype == torch.bfloat16 and torch.equal(copied.b, replicas.models[0].b)
 
 
+def test_weights_written_after_a_start_are_followed_before_the_first_step():
+    replicas, algorithm = made(Mixed(), 1)
+    algorithm.start()
+    with torch.no_grad():
+        replicas.models[0].b.add_(1)
+    algorithm.start()
+    assert (replicas.rows()[0, 3:8] == 2).all()
+
+
 def test_gradients_by_hand_follow_some_by_backward():
     """Of a layer in bfloat16, where the mean of one step was shown to the loop and the next one never sees a backward."""
     replicas, algorithm = made(Mixed(), 2, lr=0.5, base="allreduce")
