@@ -161,6 +161,25 @@ def test_weights_written_after_a_start_are_followed_before_the_first_step():
     assert (replicas.rows()[0, 3:8] == 2).all()
 
 
+def test_a_rate_set_between_start_and_a_late_step_is_the_one_taken():
+    replicas, algorithm = made(torch.nn.Linear(2, 1), 1, lr=0.5)
+    before = replicas.rows()
+    algorithm.start()
+    algorithm.optimizer.param_groups[0]["lr"] = 0.0
+    backward(replicas, [torch.ones(1, 2)])
+    algorithm.step()
+    assert torch.equal(replicas.rows(), before)
+
+
+def test_what_a_message_left_in_spent_gradients_is_zeroed():
+    """Whoever receives into memory does not tell torch."""
+    replicas, _ = made(torch.nn.Linear(2, 1), 1)
+    (segment,) = replicas.segments
+    segment.spent().data.fill_(3)
+    segment.zero_grads()
+    assert not segment.grad.any()
+
+
 def test_gradients_by_hand_follow_some_by_backward():
     """Of a layer in bfloat16, where the mean of one step was shown to the loop and the next one never sees a backward."""
     replicas, algorithm = made(Mixed(), 2, lr=0.5, base="allreduce")
