@@ -52,18 +52,8 @@ def places(tree: ast.AST):
         annotated = isinstance(node, ast.AnnAssign) and node.value is not None
         if call or annotated or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
             yield "removed", own, line, index, _blank
-        elif (
-            isinstance(node, ast.Return)
-            and node.value is not None
-            and not (isinstance(node.value, ast.Constant) and node.value.value is None)
-        ):
-            yield (
-                "returns None",
-                own,
-                line,
-                index,
-                lambda n: setattr(n, "value", ast.BoolOp(ast.And(), [_never(n.value), ast.Constant(None)])),
-            )
+        elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
+            yield "returns None", own, line, index, _none
         elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
             yield "condition negated", own, line, index, lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
         elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
@@ -79,6 +69,10 @@ def places(tree: ast.AST):
 def _never(value: ast.expr) -> ast.Lambda:
     """A function that nobody calls: the value's names stay, so that the code still fits into its function's closure."""
     return ast.Lambda(ast.arguments([], [], None, [], [], None, []), value)
+
+
+def _none(node: ast.Return) -> None:
+    node.value = ast.BoolOp(ast.And(), [_never(node.value), ast.Constant(None)])
 
 
 def _blank(node):
@@ -148,16 +142,16 @@ class Mutation:
         long = [item for item in session.items if item.path.name in LONG]
         quick = {item.nodeid: item for item in session.items if item.path.name not in LONG}
         tests, starting = self._reached(list(quick.values()))
-        several = [quick[test] for test in starting] + long
         total, reaching = self.before + len(self.found), {test for some in tests.values() for test in some}
-        print(f"{total} mutants; {len(reaching)} tests reach the engine, {len(several)} start processes", flush=True)
+        print(f"{total} mutants; {len(reaching)} tests reach the engine, {len(starting) + len(long)} start processes", flush=True)
         waiting, running = list(enumerate(self.found, self.before + 1)), {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 number, mutant = waiting.pop(0)
-                _, name, lines, tree = mutant
-                order = dict.fromkeys(test for line in lines for test in tests[name, line]) or quick  # of a class: read at import
-                child = fork(lambda items=[quick[test] for test in order], m=mutant[1:]: _meets(items + several, self.limits, *m))
+                _, name, lines, _ = mutant
+                order = [test for line in lines for test in tests[name, line]] or [*quick]  # of a class: read at import
+                items = [*(quick[test] for test in dict.fromkeys([*order, *starting])), *long]
+                child = fork(lambda items=items, broken=mutant[1:]: _meets(items, self.limits, *broken))
                 running[child] = number, mutant
             time.sleep(0.01)
             for child, (number, mutant) in list(running.items()):
