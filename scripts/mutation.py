@@ -52,7 +52,7 @@ def places(tree: ast.AST):
         annotated = isinstance(node, ast.AnnAssign) and node.value is not None
         if call or annotated or isinstance(node, (ast.Assign, ast.AugAssign, ast.Raise)):
             yield "removed", own, line, index, _blank
-        elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
+        elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) not in ("None", "False"):  # one condition
             yield "returns None", own, line, index, _none
         elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
             yield "condition negated", own, line, index, lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))

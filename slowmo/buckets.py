@@ -275,14 +275,13 @@ class Handover:
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
     def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
-        """Hand on everything that is left. before_advancing: called when all gradients are final."""
+        """Hand on everything that is left. before_advancing: called when all gradients are final, without overlap."""
         self._send_all()
         if self.reduce and not self.overlap:
             self.settle()
             for segment in self.replicas.segments:
                 segment.gather_grads()  # what was done to the means
         if before_advancing:
-            self.settle()
             before_advancing()
         while self.first_waiting < len(self.buckets):
             self._advance()

@@ -158,6 +158,10 @@ def test_a_step_without_gradients_moves_nothing():
         made.zero_grad()
         made.step()
         assert torch.equal(weights(model), before)
+        loss_of(model, 2).backward()
+        model.zero_grad()  # a batch that the loop thinks better of
+        made.step()
+        assert torch.equal(weights(model), before)
 
 
 def test_an_exception_in_backward_then_going_on():
@@ -598,6 +602,23 @@ def test_an_optimizer_that_is_not_elementwise_on_two_ranks_is_local_sgd_of_it(ki
                 dist.all_reduce(p.data)
                 p.data /= 2
         return mine, weights(reference)
+
+    for mine, expected in spawn(run, 2):
+        assert same(mine, expected)
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_an_optimizer_that_is_not_elementwise_waits_for_the_mean_of_gradients_set_by_hand(kind):
+    def run():
+        model, reference = _matrices(), _matrices()
+        made = slowmo.SlowMo(model, STRANGERS[kind](model.parameters()), **IDLE | {"base": "allreduce"})
+        for p, other in zip(model.parameters(), reference.parameters()):
+            both = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+            p.grad, other.grad = both[dist.get_rank()], sum(both) / 2
+        time.sleep(0.3 * dist.get_rank())  # the mean comes late
+        made.step()
+        STRANGERS[kind](reference.parameters()).step()
+        return weights(model), weights(reference)
 
     for mine, expected in spawn(run, 2):
         assert same(mine, expected)
