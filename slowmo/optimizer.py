@@ -398,7 +398,7 @@ class _BeforeForward:
     def __init__(self, optimizer: SlowMo | None = None):
         self._optimizer: Callable[[], SlowMo | None] = weakref.ref(optimizer) if optimizer is not None else lambda: None
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, which loads the compiler when it is called and not when this module is read
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
         optimizer = self._optimizer()
         inside_backward = torch._C._current_graph_task_id() != -1  # the recomputation of a checkpoint is not a step
