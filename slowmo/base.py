@@ -64,6 +64,8 @@ class SGP(LocalSGD):
     def __init__(self, replicas: Replicas, optimizer: torch.optim.Optimizer, graph: Graph | None = None, gossip_buffers: bool = False,
                  comm_dtype: str | None = None, overlap: bool = False, elementwise: bool | None = None):  # fmt: skip
         super().__init__(replicas, optimizer, overlap, elementwise)
+        if gossip_buffers and self.inner.whole:
+            raise ValueError(f"gossip_buffers=True needs an elementwise optimizer, {type(optimizer).__name__} is not known to be one")
         self.graph = graph or Exponential(self.cluster.num_workers)
         self.gossip, self.gossip_buffers = Gossip(replicas, self.graph, comm_dtype), gossip_buffers
         rows = replicas.segments[0].x

@@ -60,6 +60,7 @@ class Segment:
         self._homes: list[int] = []  # addresses of the gradients
         self._shown: set[int] = set()  # numbers of the members of another dtype whose .grad is a copy of the mean
         self._clean, self._taken = self.grad._version, False
+        self.arrived = False  # that a gradient has come since they were zeroed is known from a hook or from who put it there
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
         """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `written`."""
@@ -95,7 +96,7 @@ class Segment:
                 row, place = divmod(k, len(self.places))
                 home = self.places[place].of(self.grad, row)
                 self.members[k] = p, x, home
-                found = True
+                found = self.arrived = True
                 home.copy_(g)
                 p.grad = g = home
             elif p.grad is g or shown and p.grad is not None and torch.equal(p.grad, g.to(p.dtype)):  # as it was shown
@@ -108,7 +109,7 @@ class Segment:
             elif p.grad.layout != torch.strided:
                 raise ValueError("a gradient is sparse: build the layer with sparse=False, rows are dense")
             else:
-                found = True
+                found = self.arrived = True
                 g.copy_(p.grad) if p.dtype == g.dtype or shown else g.add_(p.grad)
             if p.grad is not g:
                 p.grad = g if p.dtype == g.dtype else None
@@ -128,6 +129,11 @@ class Segment:
         """Whether anything was written to the gradients since they were zeroed: a view's write counts for its block."""
         return self.grad._version != self._clean
 
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient has come: a clip writes to zeros, too."""
+        return self.has_gradient and (self.arrived or bool(self.grad.any()))
+
     def take_grads(self) -> None:
         """From here to `zero_grads` nobody sees the gradients: their memory is the inbox of a message."""
         self._taken = True
@@ -146,7 +152,7 @@ class Segment:
         if self._taken:
             for p, x, g in self.members:
                 p.grad = g if p.dtype == x.dtype else None
-        self._clean, self._taken = self.grad._version, False
+        self._clean, self._taken, self.arrived = self.grad._version, False, False
 
     def used(self, block: torch.Tensor) -> list[torch.Tensor]:
         """What parameters take of a block, `[n or 1, numel]` each: between them an optimizer without ε divides 0 by 0."""
@@ -224,6 +230,7 @@ def start_mean(bucket: Bucket, cluster: Cluster, count: int, inside: bool) -> Pe
     for segment in bucket.segments:
         part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
         part.div_(count)  # now, while backward still runs
+        segment.arrived = True  # on some rank perhaps: all do the same
         parts.append(part)
         waits.append(cluster.all_reduce(part, inside=inside, wait=False))
 
@@ -274,15 +281,16 @@ class Handover:
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
-    def finish(self, before_advancing: Callable[[], None] | None = None) -> None:
-        """Hand on everything that is left. before_advancing: called when all gradients are final, without overlap."""
+    def finish(self, whole: Bucket | None = None) -> None:
+        """Hand on everything that is left. whole: of all segments, for an optimizer that steps them at once; without overlap."""
         self._send_all()
         if self.reduce and not self.overlap:
             self.settle()
             for segment in self.replicas.segments:
                 segment.gather_grads()  # what was done to the means
-        if before_advancing:
-            before_advancing()
+        if whole:
+            self.first_waiting = len(self.buckets)
+            self.advance(whole)
         while self.first_waiting < len(self.buckets):
             self._advance()
         self.enabled, self.touched, self.first_waiting, self.first_unsent = False, False, 0, 0

@@ -77,7 +77,7 @@ class Engine(abc.ABC):
             self.start()
         elif not self.overlap:
             self.inner.pull()  # a scheduler may have moved since
-        self.handover.finish(self.inner.step_all)
+        self.handover.finish(self.inner.whole)
         for segment in self._landed():
             segment.zero_grads()
             segment.written()
@@ -180,7 +180,7 @@ class Engine(abc.ABC):
     def _optimizer_step(self, bucket: Bucket) -> None:
         """x <- x - γd, in place. The gradients are spent."""
         for segment in bucket.segments:
-            if self.replicas.loss_scale != 1:
+            if self.replicas.loss_scale != 1 and segment.has_gradient:
                 segment.grad.div_(self.replicas.loss_scale)
         self.inner.step(bucket)
         if self.handover.overlap:

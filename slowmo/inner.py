@@ -79,7 +79,7 @@ class SegmentOptimizer:
     which is the same under every layout.
     """
 
-    step_all: None = None  # buckets are stepped one by one
+    whole: None = None  # buckets are stepped one by one
     skip_missing = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
@@ -115,7 +115,7 @@ class SegmentOptimizer:
     def step(self, bucket: Bucket) -> None:
         """Step a bucket's segments."""
         for segment in bucket.segments:
-            segment.x.grad = segment.grad if segment.has_gradient or not self.skip_missing else None
+            segment.x.grad = segment.grad if segment.reached or not self.skip_missing else None
         self.twins[bucket.index].step()
         for segment in bucket.segments:
             segment.x.grad = None
@@ -238,7 +238,7 @@ class WholeOptimizer:
     skip_missing = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
-        self.optimizer, self.replicas = optimizer, replicas
+        self.optimizer, self.replicas, self.whole = optimizer, replicas, Bucket(0, replicas.segments)
         self._at_first = {p: {k: copy.deepcopy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
         if any(p.dtype != x.dtype for segment in replicas.segments for p, x, _ in segment.members):
             raise ValueError(f"{type(optimizer).__name__} is not elementwise and cannot step master weights: give all parameters one dtype")
@@ -249,11 +249,9 @@ class WholeOptimizer:
     push = pull
 
     def step(self, bucket: Bucket) -> None:
-        """Nothing: see `step_all`."""
-
-    def step_all(self) -> None:
-        for segment in self.replicas.segments:
-            if self.skip_missing and not segment.has_gradient:
+        """Step all: the bucket is `whole`."""
+        for segment in bucket.segments:
+            if self.skip_missing and not segment.reached:
                 segment.take_grads()
         type(self.optimizer).step(self.optimizer)
 

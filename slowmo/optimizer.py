@@ -17,7 +17,7 @@ import torch
 from slowmo import base as bases
 from slowmo import outer
 from slowmo.cluster import Cluster
-from slowmo.inner import ELEMENTWISE, WholeOptimizer, check, entries, per_element
+from slowmo.inner import COUNTERS, ELEMENTWISE, WholeOptimizer, check, entries, per_element
 from slowmo.replicas import Replicas, agree
 from slowmo.topology import Graph
 
@@ -75,6 +75,7 @@ class SlowMo(torch.optim.Optimizer):
             given = (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, type(optimizer).__name__)
             agree(cluster, "SlowMo", given)
         self.replicas = Replicas(model, cluster, self.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate)
+        self.replicas.watch_grads()
         kept = dict(optimizer.state)
         try:
             algorithm = BASES[base](self.replicas, optimizer, overlap=overlap, elementwise=elementwise, **options)
@@ -111,6 +112,8 @@ class SlowMo(torch.optim.Optimizer):
             raise RuntimeError("the model is wrapped in DistributedDataParallel, which averages gradients every step: train the bare one")
         if not any(p.requires_grad for p in self._stands_in_for):
             return  # a discriminator, while its generator learns
+        if self._evaluating:
+            raise RuntimeError("a training forward pass inside averaged(): call model.eval(), or take its gradients outside")
         base, handover = self.algorithm.base, self.algorithm.base.handover
         gradients = [segment.grad._version for segment in self.replicas.segments]
         if base.started and not self.steps and gradients == self._at_start and self.replicas.check():
@@ -314,7 +317,7 @@ class SlowMo(torch.optim.Optimizer):
                 elif whole:
                     moves = isinstance(value, torch.Tensor) and key != "step"
                     kept.setdefault(p, {})[key] = value.to(p.device, copy=True) if moves else copy.deepcopy(value)
-                elif known and isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape:
+                elif known and isinstance(value, torch.Tensor) and (value.numel() != 1 if key in COUNTERS else value.shape != p.shape):
                     raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
                 elif value is not None:
                     (own if per_element(key, value, p) else shared)[f"{key}.{places[p].name}"] = torch.as_tensor(value)

@@ -29,7 +29,8 @@ class Replicas:
     parameters and buffers. `model` itself becomes `models[0]`. cluster: default one worker per rank, on the model's device.
 
     accumulate: backward passes of each replica per step; their gradients add up. loss_scale: what the caller multiplies losses by,
-    against underflow in float16; `step` divides the gradients by it. num_fragments: of the model, for outer.Streaming.
+    against underflow in float16; `step` divides the gradients by it, and until then they are so much larger, for a clip too.
+    num_fragments: of the model, for outer.Streaming.
 
     Raises ValueError for a model without trainable parameters, on several devices, complex, sharded, without memory, in the hands of
     another `Replicas`, or that differs between ranks, and for groups of other parameters than the model's.
@@ -145,6 +146,18 @@ class Replicas:
             for segment in bucket.segments:
                 for p, _, _ in segment.members:
                     p.register_post_accumulate_grad_hook(lambda p, index=bucket.index: hook(index))
+
+    def watch_grads(self) -> None:
+        """Segments learn of each gradient that arrives, before the hooks that are registered from now on."""
+        for segment in self.segments:
+            seen = weakref.ref(segment)  # a model keeps nobody alive
+
+            def hook(p: torch.Tensor, seen: "weakref.ref[Segment]" = seen) -> None:
+                if (found := seen()) is not None:
+                    found.arrived = True
+
+            for p, _, _ in segment.members:
+                p.register_post_accumulate_grad_hook(hook)
 
     def announce_grads(self) -> None:
         """Gradients of all replicas were written without backward's hooks: call these."""

@@ -7,7 +7,7 @@ from experiments.runner import launch
 from experiments.runner.build import algorithm as algorithm_of
 from experiments.runner.build import build, overlaps, steps
 from experiments.runner.config import Composed
-from slowmo.base import OSGP
+from slowmo.base import OSGP, AllReduce
 from slowmo.cluster import Cluster, layout
 from slowmo.outer import SlowMo
 
@@ -60,7 +60,8 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     # compiled code gives gradients at its end, a graph's are handed on when all replicas are through
     during = "as compiled pieces of backward end" if cfg.cluster.compile else "during backward"
     early = isinstance(base, OSGP) and "before forward"
-    early = early or (during if overlaps(cfg, processes) and not cfg.cluster.graph else "after backward")
+    hooked = overlaps(cfg, processes) or isinstance(base, AllReduce)  # whose gradients are averaged in backward, as with DDP
+    early = early or (during if hooked and not cfg.cluster.graph else "after backward")
     return {
         "title": f"m = {cfg.workers}, processes = {processes} ({where}), steps = {steps}, slow steps = {len(slow)}, seed = {cfg.seed}, "
                  + _algorithm(composed),

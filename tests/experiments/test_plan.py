@@ -344,6 +344,7 @@ def test_the_plan_says_how_kernels_are_called_and_when_messages_leave():
         (("cluster.compile=true",), "cuda, compiled", "as compiled pieces of backward end"),
         (("cluster.graph=2",), "cuda, a CUDA graph per replica, 2 at a time", "after backward"),
         (("cluster.compile=true", "cluster.overlap=false"), "cuda, compiled", "after backward"),
+        (("base=allreduce", "cluster.overlap=false"), "cuda", "during backward"),
     ):
         task, one = planned(*words)
         summary = plan.make(one, task)[0]

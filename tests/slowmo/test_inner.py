@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from branches import Shuffled, biases_apart
-from helpers import Several, buffers, build, copied, quadratic, restart, run, sgd, two_groups
+from helpers import BASES, Several, buffers, build, copied, quadratic, restart, run, sgd, two_groups
 from processes import spawn
 from test_base import push, scattered
 
@@ -360,6 +360,27 @@ def test_an_unknown_optimizer_on_ranks_of_their_own(name, kind):
         # Muon computes in bfloat16: what differs in the last bit of float64 may round to another number there
         tolerance = {"Muon": 1e-2}.get(name, 1e-11)
         torch.testing.assert_close(rows[0], by_hand(name, kind), rtol=tolerance, atol=tolerance)
+
+
+def own_and_sgd(base, options):
+    """Of each: the rows after five steps, two of them slow."""
+    return [
+        run(Matrices(), *build(Matrices(), 2, base, make, lambda b: SlowMo(b, 2, beta=0.5), bucket_cap_mb=1e-5, **options), 5, 0.1)
+        for make in (UNKNOWN["Own"], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    ]
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 128.0])
+@pytest.mark.parametrize("base", [base for base in BASES if base != "sgp_double"])
+def test_stepped_whole_is_stepped_bucket_by_bucket(base, loss_scale):
+    """A class derived from SGD is SGD: what is mixed is taken before the step, and gradients are unscaled before it."""
+    for whole, buckets in spawn(own_and_sgd, 2, base, {"loss_scale": loss_scale}):
+        assert torch.equal(whole, buckets)
+
+
+def test_buffers_of_an_unknown_optimizer_cannot_be_gossiped():
+    with pytest.raises(ValueError, match="gossip_buffers=True needs an elementwise optimizer, Own is not known to be one"):
+        build(Matrices(), 1, "sgp_double", UNKNOWN["Own"])
 
 
 def test_an_unknown_optimizer_cannot_step_master_weights():

@@ -280,7 +280,7 @@ def test_evaluations_may_stand_inside_each_other():
         best = copy.deepcopy(made.averaged_model().state_dict())
         with made.averaged() as again:
             assert torch.equal(weights(again), before)
-        with pytest.raises(RuntimeError, match="written from outside"):
+        with pytest.raises(RuntimeError, match=r"inside averaged\(\): call model.eval"):
             loss_of(model, 3)  # in training mode: from the average there is no way back
     assert torch.equal(weights(model), before) and best.keys() == model.state_dict().keys()
     train(model, made, range(3, 5))

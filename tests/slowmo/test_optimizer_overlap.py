@@ -42,6 +42,7 @@ class Case:
     order: tuple[int, ...] = (0, 1, 2, 3)  # in which the blocks are used, so in which their gradients come
     unused: bool = False  # rank 0 leaves a block out at every other step
     dtype: str = "float64"
+    narrow: bool = False  # one block is in bfloat16, with master rows
 
 
 class Blocks(nn.Module):
@@ -51,17 +52,20 @@ class Blocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 3 + 4 * k), nn.Tanh(), nn.Linear(3 + 4 * k, 5)) for k in range(4))
         self.norm, self.order = nn.LayerNorm(5), case.order
+        self.to(getattr(torch, case.dtype))
+        if case.narrow:
+            self.blocks[2].bfloat16()
 
     def forward(self, x, left_out=None):
         for k in self.order:
             if k != left_out:
-                x = x + self.blocks[k](x)
+                x = x + self.blocks[k](x.to(self.blocks[k][0].weight.dtype)).to(x.dtype)
         return self.norm(x)
 
 
 def graph(name, m):
-    if name == "irregular":
-        return irregular(m)
+    if name.startswith("irregular"):
+        return irregular(m, in_turn=name.endswith("in turn"))
     return {"exponential": slowmo.Exponential, "two peers": lambda m: slowmo.Exponential(m, peers=2), "ring": slowmo.Ring}[name](m)
 
 
@@ -80,7 +84,7 @@ def train(case, overlap):
     rank = dist.get_rank() if dist.is_initialized() else 0
     workers, dtype = ranks // case.ranks_per_worker, getattr(torch, case.dtype)
     torch.manual_seed(0)
-    model = Blocks(case).to(dtype)
+    model = Blocks(case)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
@@ -114,7 +118,7 @@ def compare(case):
 @st.composite
 def cases(draw, processes):
     base = draw(st.sampled_from(["local_sgd", "sgp", "osgp", "dpsgd", "allreduce"]))
-    directed = [None, "exponential", "two peers", "ring", "irregular"]
+    directed = [None, "exponential", "two peers", "ring", "irregular", "irregular in turn"]
     graphs = {"sgp": directed, "osgp": directed, "dpsgd": [None, "ring"]}.get(base, [None])
     ranks = draw(st.sampled_from([1, 2] if processes > 1 else [1]))
     name = draw(st.sampled_from(graphs))
@@ -125,7 +129,7 @@ def cases(draw, processes):
         exact=draw(st.booleans()),
         alpha=draw(st.sampled_from([1.0, 0.5])),
         beta=draw(st.sampled_from([0.0, 0.5])),
-        graph=name if name != "irregular" or processes // ranks > 1 else None,
+        graph=name if not str(name).startswith("irregular") or processes // ranks > 1 else None,
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         bucket_cap_mb=draw(st.sampled_from([1e-6, 1e-4, 5e-4, 2e-3, 25.0])),
         accumulate=draw(st.sampled_from([1, 1, 3])),
@@ -133,6 +137,7 @@ def cases(draw, processes):
         order=tuple(draw(st.permutations(range(4)))),
         unused=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float64", "float32"])),
+        narrow=draw(st.booleans()),
     )
 
 

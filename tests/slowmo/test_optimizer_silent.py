@@ -362,7 +362,7 @@ def test_a_slow_step_bumps_versions_too(base):
 # --- 9 ---
 
 
-@pytest.mark.parametrize("what", ["shape", "slow", "missing", "groups"])
+@pytest.mark.parametrize("what", ["shape", "one element", "count", "slow", "missing", "groups"])
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(what):
     model, made = wrapped("adamw", tau=3)
     train(model, made, 4)
@@ -370,6 +370,10 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(what):
     first = next(k for k, s in wrong["state"].items() if s["exp_avg"].ndim == 2)
     if what == "shape":
         wrong["state"][first]["exp_avg"] = wrong["state"][first]["exp_avg"][:1]
+    elif what == "one element":
+        wrong["state"][first]["exp_avg"] = torch.zeros(1, 1)
+    elif what == "count":
+        wrong["state"][first]["step"] = torch.zeros(2)
     elif what == "slow":
         wrong["state"][first]["slowmo_x0"] = wrong["state"][first]["slowmo_x0"][:1]
     elif what == "missing":

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from branches import Shuffled, biases_apart
-from helpers import BASES, average, build, run, sgd
+from helpers import BASES as EVERY
+from helpers import average, build, irregular, run, sgd
 from processes import spawn
 
+import slowmo
 from slowmo.cluster import Cluster
 from slowmo.outer import Average, NesterovOuter, SlowMo, Streaming
 
@@ -17,6 +19,12 @@ SMALL = 1e-5  # MiB: every parameter is a bucket; with the default all of them a
 OPTIMIZERS = {
     "nesterov": lambda parameters: sgd(parameters, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adamw": biases_apart(lambda groups: torch.optim.AdamW(groups, lr=0.02)),
+}
+BASES = EVERY | {
+    "sgp_rounded": lambda replicas, optimizer, **more: slowmo.SGP(replicas, optimizer, comm_dtype="bfloat16", **more),
+    "osgp_in_turn": lambda replicas, optimizer, **more: slowmo.OSGP(
+        replicas, optimizer, irregular(replicas.cluster.num_workers, in_turn=True), comm_dtype="float16", **more
+    ),
 }
 OUTERS = {
     "none": None,
@@ -44,7 +52,7 @@ def rate(step):
 def trained(cluster, base, outer, optimizer, size, accumulate, overlap):
     """(rows, u, w, how many buckets advanced before `step`, over all steps)."""
     task = Shuffled(accumulate)
-    replicas, algorithm = build(task, cluster.num_workers, base, OPTIMIZERS[optimizer], OUTERS[outer], cluster, size, accumulate,
+    replicas, algorithm = build(task, cluster.num_workers, BASES[base], OPTIMIZERS[optimizer], OUTERS[outer], cluster, size, accumulate,
                                 num_fragments=2 if outer == "streaming" else 1, overlap=overlap)  # fmt: skip
     early, finish = [], algorithm.base.handover.finish
     algorithm.base.handover.finish = lambda *a: early.append(algorithm.base.handover.first_waiting) or finish(*a)

@@ -65,15 +65,16 @@ BASES = {
 }
 
 
-def irregular(m):
-    """Column-stochastic, not row-stochastic: worker j keeps (j + 1) / (m + 1) and splits the rest over its next and the first."""
+def irregular(m, in_turn=False):
+    """Column-stochastic, not row-stochastic for any m > 1: worker j keeps (j + 1) / (m + 1), its next gets a third of the rest, the first
+    two thirds. in_turn: every other round the same with the workers in reverse order."""
     matrix = torch.zeros(m, m, dtype=torch.float64)
     for j in range(m):
         kept = (j + 1) / (m + 1)
         matrix[j, j] += kept
-        matrix[(j + 1) % m, j] += (1 - kept) / 2
-        matrix[0, j] += (1 - kept) / 2
-    return slowmo.Mixing(m, matrix)
+        matrix[(j + 1) % m, j] += (1 - kept) / 3
+        matrix[0, j] += (1 - kept) * 2 / 3
+    return slowmo.Mixing(m, torch.stack([matrix, matrix.flip(0, 1)]) if in_turn else matrix)
 
 
 def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=25.0, accumulate=1, loss_scale=1.0,
