@@ -15,7 +15,7 @@ ours=.venv/.torch-is-ours # this torch was installed here and follows constraint
 
 case ${1:-test} in
 run) extras=quickstart ;;
-test) extras=photos,results,notebooks,logging,test,lint,docs,oracles,wmt16 ;;
+test) extras=photos,results,notebooks,logging,examples,test,lint,docs,oracles,wmt16 ;;
 *) echo "setup: run or test, not $1" >&2; exit 2 ;;
 esac
 
