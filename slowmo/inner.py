@@ -117,8 +117,6 @@ class SegmentOptimizer:
         for segment in bucket.segments:
             segment.x.grad = segment.grad if segment.reached or not self.skip_missing else None
         self.twins[bucket.index].step()
-        for segment in bucket.segments:
-            segment.x.grad = None
 
     def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
         """The state of a segment that is per element, `[n, d]` by name (momentum_buffer, exp_avg, ...)."""
@@ -256,7 +254,9 @@ class WholeOptimizer:
         type(self.optimizer).step(self.optimizer)
 
     def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
-        return {}
+        """Of the segment's first parameter."""
+        p, _, _ = segment.members[0]
+        return {k: v for k, v in self.optimizer.state.get(p, {}).items() if per_element(k, v, p)}
 
     def reset(self, segment: Segment) -> None:
         for p, _, _ in segment.members:

@@ -34,7 +34,7 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     parameters = sum(p.numel() for p in task.model().parameters() if p.requires_grad)
     model = torch.nn.Module()
     model.x = torch.nn.Parameter(torch.empty(parameters, device="meta", dtype=getattr(torch, cfg.dtype)))
-    tiny = torch.nn.Parameter(torch.zeros(1, 1, dtype=getattr(torch, cfg.dtype)))
+    tiny = torch.nn.Parameter(torch.zeros(2, 3, dtype=getattr(torch, cfg.dtype)))
     tiny.grad = torch.ones_like(tiny)
     probe = build(cfg.optimizer, [tiny])
     try:
@@ -47,7 +47,8 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
     names = [name for name, value in probe.state[tiny].items() if isinstance(value, torch.Tensor) and value.shape == tiny.shape]
     base, tau = algorithm.base, algorithm.tau
     for segment in replicas.segments:
-        base.inner.state[segment.x] = {name: torch.empty_like(segment.x) for name in names}
+        states, key = (base.optimizer.state, segment.members[0][0]) if base.inner.whole else (base.inner.state, segment.x)
+        states[key] = {name: torch.empty_like(key) for name in names}
     slow = range(tau - 1, steps, tau) if tau else range(0)
     for step in _some(slow) if type(algorithm) is SlowMo else ():
         if schedule(step) == 0:

@@ -354,6 +354,26 @@ def test_the_plan_says_how_kernels_are_called_and_when_messages_leave():
         plan.make(planned("cluster.graph=true")[1], task)
 
 
+def test_an_optimizer_that_is_not_elementwise_is_planned_too():
+    """An average of two workers sends a row; of Adafactor's state for a matrix nothing is as large as that."""
+    options = (
+        "task=quadratic",
+        "workers=2",
+        "steps=8",
+        "base=local_sgd",
+        "outer.tau=4",
+        "outer.buffers=average",
+        "cluster.overlap=false",
+        "cluster.device=cpu",
+    )
+    one = composed(*options, "launch=local", "launch.processes=2")
+    one.cfg.optimizer = {"_target_": "torch.optim.Adafactor", "_partial_": True, "lr": 0.1}
+    summary = plan.make(one, build.build(one.cfg.task))[0]
+    assert summary["messages"] == 2 / 4 and summary["sent"] == 4 * 16 / 4
+    one.cfg.optimizer = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1}
+    assert plan.make(one, build.build(one.cfg.task))[0]["sent"] == 3 * 4 * 16 / 4
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml")))
 def test_an_experiment_alone_is_what_hydra_composes(name):
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

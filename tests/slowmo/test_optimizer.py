@@ -293,6 +293,21 @@ def test_accumulation_alone_is_torch():
 # --- mixed precision ---
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_segment_of_narrow_parameters_alone_is_stepped(scaled):
+    """Their gradients are gathered twice, by a scaler's step and by the step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5).bfloat16(), nn.Linear(5, 3).bfloat16(), nn.Linear(3, 1)).requires_grad_()
+    model.forward = lambda x: model[2](model[1](model[0](x.bfloat16())).float())
+    made = torch.optim.SGD([{"params": list(part.parameters())} for part in model], lr=1.0)
+    made = slowmo.SlowMo(model, made, **IDLE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+    before = [part.weight.detach().clone() for part in model]
+    scaler.scale(model(torch.ones(2, 7)).sum()).backward()
+    scaler.step(made)
+    assert not any(torch.equal(part.weight, weight) for part, weight in zip(model, before))
+
+
 def test_a_grad_scaler_alone_is_torch():
     out = []
     for model, made in (wrapped("adamw", dtype=torch.float32, **IDLE), plain("adamw", dtype=torch.float32)):

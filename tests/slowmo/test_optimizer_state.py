@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from loops import IDLE, TORCH, decay_groups, everywhere, net, plain, same, train, weights, wrapped
+from loops import IDLE, TORCH, decay_groups, everywhere, loss_of, net, plain, same, train, weights, wrapped
 from processes import spawn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict, set_state_dict
 
@@ -125,6 +125,16 @@ def test_from_an_optimizer_that_has_stepped_before_it_was_wrapped():
     train(model, inner, 3)
     made = slowmo.SlowMo(model, inner, **IDLE)
     assert torch.equal(train(model, made, range(3, 6)), train(reference, other, range(3, 6)))
+
+
+def test_parameters_of_a_group_that_have_taken_other_numbers_of_steps_are_refused():
+    model, optimizer = plain("adamw", norm=False)
+    train(model, optimizer, 1)
+    loss_of(model, 1).backward()
+    next(model.parameters()).grad = None
+    optimizer.step()
+    with pytest.raises(ValueError, match="have taken different numbers of steps need parameter groups of their own"):
+        slowmo.SlowMo(model, optimizer, **IDLE)
 
 
 def test_slow_momentum_starts_anew_from_plain_torchs_checkpoint():
