@@ -4,9 +4,10 @@
                τ = 12, and against τ at m = 8
     buckets    seconds of an iteration of two processes on loopback whose model computes next to nothing, against the number of buckets
     memory     the process's peak against m at d = 1e6
+    import     seconds of `import slowmo`, torch included, warm
     start      seconds from `run.py task=quadratic` to its end after one step, warm
 
-Nothing grows faster than m d when no exponent (results/timing.py) exceeds 1.
+What grows faster than m d has an exponent (results/timing.py) above 1.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from slowmo import outer
 
 WORKERS, PARAMETERS = (1, 2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
 TAUS, CAPS = (3, 12, 48, 192), (100.0, 2.0, 0.5, 0.12)  # MiB
+ROOT = Path(__file__).parent.parent
 TENSORS = 64  # of the model that is cut into buckets
 
 
@@ -74,14 +76,13 @@ def per_step(one, tau: int, rounds: int | None = None) -> float:
     return statistics.median(times[1:])
 
 
-def start() -> float:
-    """Seconds of a whole run of one step on the quadratic; the second time, so that files are cached."""
-    run = Path(__file__).parent.parent / "run.py"
+def start(*command: str) -> float:
+    """Seconds of a Python process; from the second time on, so that files are cached."""
     times = []
     for _ in range(4):
         with tempfile.TemporaryDirectory() as out:
             begun = time.perf_counter()
-            subprocess.run([sys.executable, run, "task=quadratic", "steps=1", f"runs={out}"], check=True, capture_output=True)
+            subprocess.run([sys.executable, *(word.format(out=out) for word in command)], check=True, capture_output=True, cwd=ROOT)
             times.append(time.perf_counter() - begun)
     return statistics.median(times[1:])
 
@@ -92,8 +93,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=MINE.path("scaling"))
     options = parser.parse_args()
-    lines = [{"what": "start", "m": 8, "value": start()}]
-    print(f"start-up to the end of one step: {lines[0]['value']:.2f} s", flush=True)
+    lines = [{"what": "import", "value": start("-c", "import slowmo")},
+             {"what": "start", "m": 8, "value": start("run.py", "task=quadratic", "steps=1", "runs={out}")}]  # fmt: skip
+    print("import {:.2f} s, start-up to the end of one step {:.2f} s".format(*(line["value"] for line in lines)), flush=True)
     cases = [(m, 10**6, 12) for m in WORKERS] + [(2, d, 12) for d in PARAMETERS] + [(8, 10**6, tau) for tau in TAUS]
     for m, d, tau in dict.fromkeys(cases):
         value = ranks.spawn(lambda: step(m, d, tau), 1, "loopback")

@@ -1,10 +1,11 @@
 """Table 2 over real sockets: `python -m benchmarks.table2 [benchmark=wmt16] [benchmark.hosts=8 ...]`; to results/mine/data/links.csv.
 
 Every row is an experiment's own base and outer (`slowmo_sgp,outer.tau=12`: with another τ) over rows of the emulated size, one worker a
-process, over gloo. Buckets are sent during backward, or after it (`slowmo_sgp_after`). What a step computes is the experiment's model, or
-a wait as long: then forward takes a third of it, and backward gives gradients, last layer first, evenly over the rest, so that whatever
-overlaps can. A round times `iterations` in a row, each process by its own clock, and nothing but the algorithm synchronises them; rows
-take turns. `compute` is a step that sends nothing. Hosts that wait may be unequally fast: `straggler`, `jitter`.
+process, over gloo; `local_sgd,outer=streaming`: with another outer. Buckets are sent during backward, or after it (`slowmo_sgp_after`).
+What a step computes is the experiment's model, or a wait as long: then forward takes a third of it, and backward gives gradients, last
+layer first, evenly over the rest, so that whatever overlaps can. A round times `iterations` in a row, each process by its own clock,
+and nothing but the algorithm synchronises them; rows take turns. `compute` is a step that sends nothing. Hosts that wait may be
+unequally fast: `straggler`, `jitter`.
 """
 
 import math
@@ -131,8 +132,9 @@ def experiment(given: DictConfig, row: str) -> DictConfig:
     """The config of a row. ValueError where there is none."""
     cell, *overrides = row.split(",")
     name = f"{given.data}_{cell.removesuffix('_after')}"
-    if any(not word.startswith("outer.tau=") for word in overrides):
-        raise ValueError(f"benchmark.rows: {row}: a cell's name, perhaps with _after, perhaps with another τ: sgp_after,outer.tau=12")
+    if any(not word.startswith("outer.tau=") and word.removeprefix("outer=") not in timing.SIBLINGS for word in overrides):
+        words = f"perhaps with another τ or outer, {' or '.join(timing.SIBLINGS)}: sgp_after,outer.tau=12"
+        raise ValueError(f"benchmark.rows: {row}: a cell's name, perhaps with _after, {words}")
     words = [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides, *overrides]
     try:
         cfg = hydra.compose("config", words)

@@ -43,6 +43,8 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return claims.matrix(claims.stored(runs))
     if name == "benchmarks":
         return timing.benchmarks(PUBLISHED)
+    if name == "scaling":
+        return timing.exponents(PUBLISHED.read("scaling")) + "\n"
     if name == "gpu":
         return timing.gpu(PUBLISHED)
     if name == "status":
@@ -53,6 +55,8 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return f"![{words}]({os.path.relpath(picture, page.parent)})\n" if picture.exists() else "No figure yet: it is drawn from runs.\n"
     if name == "runtime straggling":
         return timing.straggling_hosts(PUBLISHED.find("links"))
+    if key == "pairs" and data in SMALL:
+        return pairs(data, runs)
     if key == "runtime" and data in TITLES:
         modelled = [timing.against_paper(data)] if data in cost_model.TASKS else []
         return "\n".join((*modelled, timing.on_links(data, PUBLISHED.find("links")), ""))
@@ -63,6 +67,26 @@ def _made(page: Path, name: str, runs: Runs) -> str:
     if not found["n"].any() and not found["diverged"].any():  # a table of dashes says less
         return f"Not run yet: `python scripts/reproduce.py {key} --data {data}`.\n"
     return tables.markdown(chosen[0], found)
+
+
+def pairs(data: str, runs: Runs) -> str:
+    """Table 1 in the paper's form, a line for each base; what SlowMo changes and the verdict are of the data's own outcome."""
+    table = next(table for table in layout(data) if table.key == "table1")
+    found, judged, own = cells(table, runs), claims.stored(runs), table.metrics[0]
+    if not found["n"].any():
+        return f"Not run yet: `python scripts/reproduce.py looks --data {data}`.\n"
+    text = tables.format_cells(table, found).set_index("")
+    titles = [metric.title for metric in sorted(table.metrics, key=lambda metric: metric.more)]  # the loss first
+    head = ["", titles[0], "+ SlowMo", titles[1], "+ SlowMo", f"change of {own.title.partition(',')[0]}", "paper", "verdict"]
+    rows = [head, ["---"] * len(head)]
+    for base in (cell for cell in tables.table1(data) if not cell.startswith("slowmo_")):
+        label, slow = tables.LABELS[base], tables.LABELS.get(f"slowmo_{base}")
+        row = [label, *(text.loc[name, title] if name in text.index else "" for title in titles for name in (label, slow))]
+        change, _, paper = text.loc[slow, f"change: {own.title}"].rpartition("paper ") if slow in text.index else ("", "", "")
+        claim = judged[(judged["data"] == data) & judged["claim"].str.startswith("SlowMo") & judged["claim"].str.endswith(f" of {label}")]
+        claim = claim[claim["claim"].str.contains("lowers" if not own.more else "raises")]
+        rows.append([*row, change.removesuffix("; "), paper, *(claim["verdict"] if len(claim) else [""])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{tables.RULES[True]}\n"
 
 
 def status(runs: Runs) -> str:

@@ -56,7 +56,7 @@ def main(store: Store, again: bool = True) -> None:
     """
     judged = stored(Runs(store))
     if again or not (judged["data"] == "quadratic").any():
-        judged = pd.concat([judged[judged["data"] != "quadratic"], computed(), speedup(), drift()], ignore_index=True)
+        judged = pd.concat([judged[judged["data"] != "quadratic"], computed(), speedup(), drift(), momentum()], ignore_index=True)
     store.write("claims", judged)
     for line in decided(judged)[0].itertuples():
         print(f"{line.verdict:16}{line.claim} [{line.data}]: {line.evidence}")
@@ -124,7 +124,7 @@ class Judgement:
         self.estimates = [self.estimate(part, runs, data, whole) for part in claim.parts] if whole > 1 else []
         reached = [look for look in inference.LOOKS if look <= whole]
         self.looks = {look: self.tests([self.estimate(part, runs, data, look) for part in claim.parts]) for look in reached}
-        self.verdict = UNDECIDED if self.estimates or gone else NOT_RUN
+        self.verdict = UNDECIDED if reached or gone else NOT_RUN
         self.level, self._p = inference.NOMINAL, 1.0
 
     def p(self, look: int) -> float:
@@ -164,8 +164,8 @@ class Judgement:
     def evidence(self) -> str:
         if self.diverged and self.verdict == UNDECIDED:
             return self.diverged
-        if not self.estimates:
-            return f"{self.seeds} seed" if self.seeds else NO_RUNS
+        if not self.looks:
+            return f"{self.seeds} seed{'s' * (self.seeds > 1)}" if self.seeds else NO_RUNS
         said = "; ".join(f"{part.what} {format_estimate(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
         wanted = f"; then {self.diverged}" if self.diverged else ""
         if self.verdict == UNDECIDED and not self.claim.turns:
@@ -242,10 +242,10 @@ def markdown(judged: pd.DataFrame) -> str:
 def matrix(judged: pd.DataFrame) -> str:
     """The paper's claims against the stand-ins that have runs: a verdict each, primary ones in bold."""
     judged = judged[judged["kind"].isin((PRIMARY, SECONDARY))]
-    run = judged[judged["verdict"] != NOT_RUN]
-    columns = [data for data in SMALL if data in set(run["data"])]
+    ran = {*judged[judged["verdict"] != NOT_RUN]["data"]}
+    columns = [data for data in SMALL if data in ran]
     rows = {}  # translation's words for the same claims
-    for line in run.itertuples():
+    for line in judged[judged["data"].isin(columns)].itertuples():
         text = functools.reduce(lambda text, pair: text.replace(*pair), (("Adam", "SGD"), ("BLEU", "accuracy")), line.claim)
         rows.setdefault(text, {})[line.data] = f"**{line.verdict}**" if line.kind == PRIMARY else line.verdict
     lines = [["claim", *(f"`{data}`" for data in columns)], ["---"] * (len(columns) + 1)]
@@ -429,6 +429,29 @@ def drift() -> pd.DataFrame:
             verdict = judge([(what, slopes(points), power - 0.1, power + 0.1, source)])
             lines.append((claim, "quadratic", COMPUTED, *verdict))
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def momentum() -> pd.DataFrame:
+    """The bound's term of β, computed: how far the slow momentum carries x0 from the path that the analysis follows.
+
+    That path is z = x0 + β / (1 − β) (x0 − the x0 before), so the distance is αγβ / (1 − β) ‖u‖. Where gradients are noise alone, u is a
+    sum of independent rounds with weights β^s, and the mean of the square is (αγ / (1 − β))² τ V β² / (1 − β²), the term but for L².
+    Judged at one αγ / (1 − β): the slope of its logarithm in log β² / (1 − β²), over seeds.
+    """
+    m, d, tau, pace, rounds, seeds = 4, 256, 4, 1e-3, 80, (1, 2, 3)
+    points = []
+    with tempfile.TemporaryDirectory() as folder:
+        problem = Path(folder) / "still.npz"
+        np.savez(problem, A=np.repeat(np.eye(d)[None], m, 0), b=np.zeros((m, d)), x0=np.zeros(d))
+        for beta in (0.2, 0.4, 0.6, 0.8):
+            words = ("outer=slowmo", f"outer.tau={tau}", f"outer.beta={beta}", "task.noise=1.0", f"evaluate.every={tau}")
+            for path in quadratic(problem, Path(folder) / str(beta), m, rounds * tau, pace * (1 - beta), *words, seeds=seeds):
+                u = pd.read_json(path / "metrics.jsonl", lines=True)["slow_momentum_norm"].iloc[rounds // 2 :]
+                points.append((path.name, math.log(beta**2 / (1 - beta**2)), math.log(beta**2 * (u**2).mean())))
+    claim = "the slow momentum carries x0 off its path: the exponent 1 of ‖z − x0‖² in β² / (1 − β²) (within 0.1)"
+    what = f"slope in log β² / (1 − β²), β = 0.2 to 0.8, m = {m}, τ = {tau}"
+    source = f"run.py task=quadratic task.noise=1, seeds {', '.join(map(str, seeds))}"
+    return pd.DataFrame([(claim, "quadratic", COMPUTED, *judge([(what, slopes(points), 0.9, 1.1, source)]))], columns=COLUMNS)
 
 
 def slopes(points: list[tuple]) -> pd.Series:

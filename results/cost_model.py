@@ -225,10 +225,10 @@ def column(data: str) -> str:
     return "wmt16" if data in TEXT else "imagenet"
 
 
-def pace(data: str, cell: str) -> float:
+def pace(data: str, cell: str, overlap: bool = False) -> float:
     """Modelled seconds of an iteration on the paper's cluster: C, N and m of the column, what is sent of the cell itself."""
     task = TASKS[column(data)]
-    return seconds(f"{data}_{cell}", fitted(column(data)), task.size, Links(task.nodes))
+    return seconds(f"{data}_{cell}", fitted(column(data)), task.size, Links(task.nodes), overlap)
 
 
 def emulated_bucket(data: str, size: float) -> float:
@@ -256,6 +256,8 @@ def model(lines: pd.DataFrame) -> pd.Series:
     size, compute = float(lines["bytes"].iloc[0]), lines[lines["row"] == "compute"]["milliseconds"].median() / 1000
     found = {"compute": compute}
     for row in lines[lines["row"] != "compute"]["row"].unique():
+        if ",outer=" in row:
+            continue  # siblings are measured alone
         cell, overlap = way(row)
         found[row] = seconds(f"{lines['data'].iloc[0]}_{cell}", compute, size, links, overlap=overlap, **cut)
     return 1000 * pd.Series(found)

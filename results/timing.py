@@ -10,6 +10,7 @@ from results.cost_model import CLOSE, MACHINES, NODES, RATES, SHOWN, TASKS, WIDT
 from results.store import NETWORK, Store, save
 from results.tables import LABELS, TEXT, TITLES
 
+SIBLINGS = {"diloco": "DiLoCo", "streaming": "Streaming DiLoCo"}  # other outers that are measured
 PAYS, CLEAR = 0.95, 0.99  # of AllReduce's time: SlowMo pays; a method costs less
 AIM = 0.05  # measured over model
 RULES = (
@@ -68,8 +69,9 @@ def main(store: Store) -> None:
 
 def label(row: str) -> str:
     """A row's words: `sgp_after` is sent after backward, which a column says; `sgp,outer.tau=12` has another τ."""
-    cell, _, tau = cost_model.way(row)[0].partition(",outer.tau=")
-    return LABELS[cell] + f", τ = {tau}" * bool(tau)
+    cell, *words = cost_model.way(row)[0].split(",")
+    said = {"outer.tau": ", τ = {}", "outer": ": {}"}
+    return LABELS[cell] + "".join(said[key].format(SIBLINGS.get(value, value)) for key, _, value in (word.partition("=") for word in words))
 
 
 def beside(lines: pd.DataFrame) -> str:
@@ -130,10 +132,17 @@ def on_links(data: str, lines: pd.DataFrame) -> str:
     text = []
     for _, part in lines[(lines["data"] == data) & equal(lines)].groupby(NETWORK, sort=False):
         line = next(part.itertuples())
-        model = "" if line.emulated else " A real network computes."
         rounds = f"{part['round'].nunique()} rounds, quartiles within {100 * spread(part):.1f}% of the median."
-        text.append(f"Measured on {where(line)}, rows of {line.bytes / 1e6:.2f} MB.{model} {rounds} {made(part)}\n\n{beside(part)}\n")
+        text.append(f"Measured on {where(line)}. {computing(line)} {rounds} {made(part)}\n\n{beside(part)}\n")
     return "\n".join(text or ["Not measured on links yet: `python -m benchmarks.table2`.\n"])
+
+
+def computing(line) -> str:
+    """What computes, and how large the rows of a line are."""
+    size = f"{line.bytes / 1e6:.2f} MB"
+    if not line.emulated:
+        return f"A real network computes, with rows of {size}."
+    return f"Computing is a wait, and rows of {size} are {TASKS[line.data].size / line.bytes:.0f} times smaller than the paper's."
 
 
 def straggling_hosts(lines: pd.DataFrame) -> str:
@@ -156,8 +165,8 @@ def straggling_hosts(lines: pd.DataFrame) -> str:
                 sides[kind] = own.groupby("row", sort=False)["milliseconds"].mean(), straggling.model(own)
         if not sides:
             continue
-        first = next(part.itertuples())
-        text += ["", f"Measured: {TITLES[first.data]}, {where(first)}, rows of {first.bytes / 1e6:.2f} MB. {made(part)}", ""]
+        first, rounds = next(part.itertuples()), f"{part['round'].nunique()} rounds."
+        text += ["", f"Measured: {TITLES[first.data]}, {where(first)}. {computing(first)} {rounds} {made(part)}", ""]
         text += [f"| | {' | '.join(f'{kind}: ms | model ms' for kind in sides)} |", "|---" * (1 + 2 * len(sides)) + "|"]
         for row in dict.fromkeys(part["row"]):
             words = []
@@ -306,9 +315,9 @@ def exponents(lines: pd.DataFrame) -> str:
 
     steps = lines[(lines["what"] == "step") & (lines["m"] == 8) & (lines["d"] == 10**6)].sort_values("tau", ascending=False)
     buckets = lines[lines["what"] == "buckets"].sort_values("buckets")
-    start = lines[lines["what"] == "start"]["value"].iloc[0]
+    start, imported = (lines[lines["what"] == what]["value"].iloc[0] for what in ("start", "import"))
     return (
         f"Exponents: {', '.join(said)}. A step by τ: {over(steps, 'tau')}. An iteration of two processes on loopback by its number of "
-        f"buckets: {over(buckets, 'buckets')}. From the command to the end of a run of one step on the quadratic: {start:.1f} s. "
-        f"{made(lines)}"
+        f"buckets: {over(buckets, 'buckets')}. From the command to the end of a run of one step on the quadratic: {start:.1f} s; "
+        f"`import slowmo`, torch included: {imported:.1f} s. {made(lines)}"
     )

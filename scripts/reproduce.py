@@ -148,7 +148,7 @@ def show(jobs, missing, paces) -> None:
     for run, guess in guesses.items():
         seeds = [str(seed) for name, seed in missing if name == run]
         cost = f"{guess / 60:.1f} minutes each" if guess else target(run)
-        print(f"{run:55}" + (f"missing: seed {', '.join(seeds)}; {cost}" if seeds else "done"))
+        print(f"{run:55} " + (f"missing: seed {', '.join(seeds)}; {cost}" if seeds else "done"))
     costs = [guesses[run] for run, _ in missing if guesses[run]]
     total = f", about {sum(costs) / 3600:.1f} hours of training" if costs else ""
     print(

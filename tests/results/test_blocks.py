@@ -66,13 +66,28 @@ def test_the_matrix_has_a_verdict_for_each_stand_in_with_runs(tmp_path):
         for k, cell in enumerate(("local_sgd", "slowmo_local_sgd"))
     ]
     cells += [
-        lines(f"wmt16_small_{cell}", [20.0 + seed / 100 for seed in range(2)], "bleu_test") for cell in ("local_adam", "slowmo_local_adam")
+        lines(f"wmt16_small_{cell}", [20.0 + seed / 100 for seed in range(5)], "bleu_test") for cell in ("local_adam", "slowmo_local_adam")
     ]
     page = tmp_path / "page.md"
     page.write_text("<!-- matrix: python -m results docs -->\n<!-- end -->\n")
     head, _, *rows = blocks.filled(page, store.Runs(written(tmp_path, *cells))).splitlines()[1:-1]
     assert head == "| claim | `cifar10_small` | `wmt16_small` |"
-    assert "| SlowMo raises the accuracy of Local SGD | **supported** | **undecided** |" in rows
+    assert "| SlowMo raises the accuracy of Local SGD | **supported** | **equivalent** |" in rows
+    assert "| SlowMo raises the accuracy of SGP | **not run** | **not run** |" in rows
+
+
+def test_table_1_in_the_papers_form_has_a_line_for_each_base(tmp_path):
+    cells = [
+        lines(f"cifar10_small_{cell}", [60.0 + gain + seed / 100 for seed in range(5)])
+        for cell, gain in (("sgp", 0), ("slowmo_sgp", 1), ("ar_sgd", 2))
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- pairs cifar10_small: python -m results docs -->\n<!-- end -->\n")
+    head, _, local, _, sgp, every, *_ = blocks.filled(page, store.Runs(written(tmp_path, *cells))).splitlines()[1:]
+    assert head == "|  | training loss, last | + SlowMo | accuracy, last | + SlowMo | change of accuracy | paper | verdict |"
+    assert local.endswith("| – | – | – | – |  | +1.47 | not run |")
+    assert "| 60.02 ± 0.02 (5) | 61.02 ± 0.02 (5) | +1 ± 0.022 | +0.42 | supported |" in sgp
+    assert every == "| AR-SGD | – |  | 62.02 ± 0.02 (5) |  |  |  |  |"
 
 
 def test_a_picture_that_is_not_drawn_is_said(tmp_path, monkeypatch):

@@ -225,7 +225,7 @@ def test_what_costs_least_is_clearly_less():
 
 def test_exponents_of_what_grows_with_its_size():
     grid = [("step", m, 10**6, 1e-3 * m) for m in (1, 8, 16, 64)] + [("step", 2, d, d**0.9) for d in (10**4, 10**7, 10**8)]
-    grid += [("memory", m, 10**6, 5.0 * m**0.5) for m in (4, 64)] + [("start", 8, 0, 2.5)]
+    grid += [("memory", m, 10**6, 5.0 * m**0.5) for m in (4, 64)] + [("start", 8, 0, 2.5), ("import", 0, 0, 1.2)]
     lines = pd.DataFrame(grid, columns=["what", "m", "d", "value"])
     slower = [("step", 8, 10**6, 3, 1, 16e-3), ("buckets", 2, 10**6, 12, 1, 0.5), ("buckets", 2, 10**6, 12, 9, 0.6)]
     lines = pd.concat([lines, pd.DataFrame(slower, columns=["what", "m", "d", "tau", "buckets", "value"])]).assign(
@@ -233,5 +233,5 @@ def test_exponents_of_what_grows_with_its_size():
     )
     lines.loc[(lines["what"] == "step") & lines["tau"].isna(), "tau"] = 12
     text = report.exponents(lines)
-    assert "step against m 1.00, step against d 0.90, memory against m 0.50" in text and "2.5 s" in text
+    assert "step against m 1.00, step against d 0.90, memory against m 0.50" in text and "2.5 s" in text and "1.2 s" in text
     assert "by τ: 1.00 (12), 2.00 (3)." in text and "buckets: 1.00 (1), 1.20 (9)." in text

@@ -465,6 +465,8 @@ def test_any_state_of_an_optimizer_comes_back(kept):
     made.load_state_dict(state)
     assert all(values["kept"] == kept for values in made.state.values())
     train(model, made, range(2, 4))
+    made.load_state_dict(wrapped(lambda groups: Keeper(groups, kept), **IDLE)[1].state_dict())  # of before the first step
+    assert not made.state
 
 
 @pytest.mark.parametrize(
