@@ -103,7 +103,7 @@ def loss(data: str, runs: Runs, curves: Curves):
 
 def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: bool = False):
     """A column of curves.csv against epochs, each base with and without SlowMo, AllReduce beside it; the band is over the workers' own
-    models."""
+    models, of runs with evaluate.band=true where there are some."""
     every = table1(data)[-1]
     pairs = [(base, f"slowmo_{base}") for base in table1(data) if f"slowmo_{base}" in table1(data)]
     pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
@@ -118,6 +118,8 @@ def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: b
                 continue
             style = styled(cell, found["seeds"].max())
             axis.plot(found["epoch"], found[name], **style)
+            judged = curves.of(f"{data}_{cell},evaluate.band=true")
+            found = judged if len(judged) else found
             if cell == every or f"{name}_worker_min" not in found:
                 continue
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}

@@ -58,6 +58,17 @@ def test_the_band_is_over_workers_and_seeds(path):
     assert found["accuracy_worker_max"].to_numpy() == pytest.approx(first["accuracy"] + 3 + 0.5)
 
 
+def test_runs_with_a_band_lend_it_to_the_line(tmp_path):
+    run, judged = "cifar10_small_sgp", "cifar10_small_sgp,evaluate.band=true"
+    path = written(tmp_path, lines(run, [60.0]), lines(judged, [60.0]), curves=[curve(run, 1), curve(judged, 1, 70.0)])
+    figure = figures.fig2("cifar10_small", *loaded(path))
+    (axis,) = (axis for axis in figure.axes if axis.lines)
+    assert axis.lines[0].get_ydata() == pytest.approx(curve(run, 1)["accuracy"])
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(curve(judged, 1, 70.0)["accuracy_worker_max"].max())
+    plt.close(figure)
+
+
 def test_curves_of_runs_that_do_not_count_are_not_drawn(tmp_path):
     path = written(tmp_path, lines("cifar10_small_sgp", [60.0]), lines("cifar10_small_osgp", [1.0], status="diverged"),
                    curves=[curve("cifar10_small_sgp", 1), curve("cifar10_small_sgp", 2), curve("cifar10_small_osgp", 1)])  # fmt: skip
