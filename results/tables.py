@@ -41,7 +41,12 @@ LABELS = {
 }  # fmt: skip
 VISION = ("local_sgd", "slowmo_local_sgd", "osgp", "slowmo_osgp", "sgp", "slowmo_sgp", "ar_sgd")
 TRANSLATION = ("local_adam", "slowmo_local_adam", "sgp", "slowmo_sgp", "ar_adam")
-SWEEPS = {"tau": (12, 24, 48, 96), "alpha": (0.5, 0.75, 1.0), "beta": (0.2, 0.4, 0.6, 0.8), "buffers": ("reset", "maintain", "average")}
+SWEEPS = {
+    "tau": (12, 24, 48, 96),
+    "alpha": (0.5, 0.75, 1.0, 1.5),
+    "beta": (0.2, 0.4, 0.6, 0.8),
+    "buffers": ("reset", "maintain", "average"),
+}
 SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
 MEASURED = "mean ± standard deviation over seeds (their number)"
 RULES = {  # of the paper's data, of a stand-in
@@ -133,8 +138,11 @@ def layout(data: str) -> tuple[Table, ...]:
                      None if kind == "reset" else run_name(f"{data}_{cell}", tau=tau))
                     for cell in ("slowmo_sgp", f"slowmo_{local}") for tau in (12, 48) for kind in SWEEPS["buffers"]]  # fmt: skip
         some(key, f"{SIGNS[key]} varied", rows)
-    some("allreduce", "SlowMo over AllReduce", [row(every), (f"{LABELS[every]} + SlowMo, β = 0.4",
-                                                            f"{data}_{every},outer=slowmo,outer.beta=0.4", f"{data}_{every}")])  # fmt: skip
+    rows = []
+    for words, alone in (("", ""), (", m = 1", ",workers=1"))[: 1 + small]:  # later work has gains at m = 1
+        plain, slowed = f"{data}_{every}{alone}", f"{data}_{every},outer=slowmo,outer.beta=0.4{alone}"
+        rows += [(f"{LABELS[every]}{words}", plain, None), (f"{LABELS[every]} + SlowMo, β = 0.4{words}", slowed, plain)]
+    some("allreduce", "SlowMo over AllReduce", rows)
     return tuple(made)
 
 
