@@ -132,8 +132,9 @@ def experiment(given: DictConfig, row: str) -> DictConfig:
     """The config of a row. ValueError where there is none."""
     cell, *overrides = row.split(",")
     name = f"{given.data}_{cell.removesuffix('_after')}"
-    if any(not word.startswith("outer.tau=") and word.removeprefix("outer=") not in timing.SIBLINGS for word in overrides):
-        words = f"perhaps with another τ or outer, {' or '.join(timing.SIBLINGS)}: sgp_after,outer.tau=12"
+    siblings = [f"outer={sibling}" for sibling in timing.SIBLINGS] if cell.startswith("local_") else []
+    if any(not word.startswith("outer.tau=") and word not in siblings for word in overrides):
+        words = f"perhaps with another τ, local_sgd perhaps with outer={' or '.join(timing.SIBLINGS)}: sgp_after,outer.tau=12"
         raise ValueError(f"benchmark.rows: {row}: a cell's name, perhaps with _after, {words}")
     words = [f"experiment={name}", f"workers={given.hosts}", "cluster.device=cpu", *given.overrides, *overrides]
     try:

@@ -289,8 +289,9 @@ class Handover:
             for segment in self.replicas.segments:
                 segment.gather_grads()  # what was done to the means
         if whole:
-            self.first_waiting = len(self.buckets)
+            self.enabled = False  # an optimizer that raises leaves a step that begins anew
             self.advance(whole)
+            self.first_waiting = len(self.buckets)
         while self.first_waiting < len(self.buckets):
             self._advance()
         self.enabled, self.touched, self.first_waiting, self.first_unsent = False, False, 0, 0

@@ -115,7 +115,7 @@ class SegmentOptimizer:
     def step(self, bucket: Bucket) -> None:
         """Step a bucket's segments."""
         for segment in bucket.segments:
-            segment.x.grad = segment.grad if segment.reached or not self.skip_missing else None
+            segment.x.grad = segment.grad if not self.skip_missing or segment.reached else None
         self.twins[bucket.index].step()
 
     def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:

@@ -317,10 +317,12 @@ class SlowMo(torch.optim.Optimizer):
                 elif whole:
                     moves = isinstance(value, torch.Tensor) and key != "step"
                     kept.setdefault(p, {})[key] = value.to(p.device, copy=True) if moves else copy.deepcopy(value)
-                elif known and isinstance(value, torch.Tensor) and (value.numel() != 1 if key in COUNTERS else value.shape != p.shape):
+                elif known and isinstance(value, torch.Tensor) and not _fits(key, value, p):
                     raise ValueError(f"{key} of {places[p].name} has shape {list(value.shape)} in the state, not {list(p.shape)}")
                 elif value is not None:
-                    (own if per_element(key, value, p) else shared)[f"{key}.{places[p].name}"] = torch.as_tensor(value)
+                    # numbers as torch's optimizers of today have them
+                    value = value if isinstance(value, torch.Tensor) else torch.tensor(float(value)) if known else torch.as_tensor(value)
+                    (own if per_element(key, value, p) else shared)[f"{key}.{places[p].name}"] = value
         if slow and [set(slow.get(p, ())) for p in places] != [set(self.algorithm.slow_names)] * len(places):
             raise ValueError("the state has x0 and u of some parameters and not of others: it is another model's, or damaged")
         base = self.algorithm.base
@@ -386,6 +388,11 @@ class SlowMo(torch.optim.Optimizer):
                 segment.written()
             for name, buffer in self.replicas.buffers()[0].items():
                 buffer.copy_(buffers[name])
+
+
+def _fits(key: str, value: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether a parameter's state may have this shape: its own or one number's, as counters have."""
+    return value.numel() == 1 if key in COUNTERS else value.ndim == 0 or value.shape == p.shape
 
 
 def _through(method: Callable[[], Callable[..., Any] | None], *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from helpers import BASES, build, quadratic, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import slowmo
 from slowmo import outer
 
 M, D = 4, 64
@@ -53,6 +54,18 @@ def test_an_irregular_graph_takes_one_block():
     # SGP: (1 - 1 / w) z; OSGP: nothing, its message carries it
     assert allocations("sgp_irregular") == [M * D]
     assert allocations("osgp_irregular") == []
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_reads_no_number(overlap):
+    """Which a GPU would have to be waited for: on the meta device there is none."""
+    model = torch.nn.Linear(3, 3, device="meta")
+    algorithm = slowmo.LocalSGD(
+        slowmo.Replicas(model, slowmo.Cluster(1, "meta")), torch.optim.SGD(model.parameters(), lr=0.1), overlap=overlap
+    )
+    algorithm.start(0.1)
+    model(torch.empty(1, 3, device="meta")).sum().backward()
+    algorithm.step()
 
 
 def test_a_slow_step_takes_one_row():

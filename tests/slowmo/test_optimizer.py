@@ -660,6 +660,28 @@ def test_an_optimizer_that_is_not_elementwise_waits_for_the_mean_of_gradients_se
         assert same(mine, expected)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_after_an_optimizer_that_is_stepped_whole_has_raised_training_goes_on(base):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["lr"] > 1:
+                raise FloatingPointError("the rate is too large")
+            return super().step(closure)
+
+    def run():
+        model = net()
+        made = slowmo.SlowMo(model, Odd(model.parameters(), lr=0.1), base, tau=4)
+        for step in range(6):
+            made.param_groups[0]["lr"] = 2.0 if step == 2 else 0.1
+            made.zero_grad()
+            loss_of(model, step, dist.get_rank()).backward()
+            with pytest.raises(FloatingPointError) if step == 2 else contextlib.nullcontext():
+                made.step()
+        return made.steps
+
+    assert spawn(run, 2) == [5, 5]
+
+
 @pytest.mark.parametrize("kind", STRANGERS)
 def test_overlap_of_an_optimizer_that_is_not_known_raises_unless_promised(kind):
     model = _matrices()

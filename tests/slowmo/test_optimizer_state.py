@@ -127,6 +127,34 @@ def test_from_an_optimizer_that_has_stepped_before_it_was_wrapped():
     assert torch.equal(train(model, made, range(3, 6)), train(reference, other, range(3, 6)))
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_counters_that_are_numbers_as_in_old_states(foreach):
+    def make():
+        model = net()
+        return model, torch.optim.Adam(model.parameters(), foreach=foreach)
+
+    states = [make(), make()]
+    train(*states[0], 2)
+    old = copy.deepcopy(states[0][1].state_dict())
+    for values in old["state"].values():
+        values["step"] = int(values["step"])
+    model, optimizer = states[1]
+    made = slowmo.SlowMo(model, optimizer, **IDLE)
+    model.load_state_dict(states[0][0].state_dict())
+    made.load_state_dict(old)
+    assert torch.equal(train(model, made, range(2, 4)), train(*states[0], range(2, 4)))
+
+
+def test_a_number_more_than_a_known_optimizer_has_comes_back():
+    model, optimizer = plain("sgd")
+    for p in model.parameters():
+        optimizer.state[p]["norm"] = torch.tensor(1.0)
+    made = slowmo.SlowMo(model, optimizer, **IDLE)
+    train(model, made, 1)
+    made.load_state_dict(made.state_dict())
+    assert all(values["norm"] == 1 for values in made.state.values())
+
+
 def test_parameters_of_a_group_that_have_taken_other_numbers_of_steps_are_refused():
     model, optimizer = plain("adamw", norm=False)
     train(model, optimizer, 1)
