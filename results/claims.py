@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from results import inference, timing
+from results import cost_model, inference, timing
 from results.store import COLUMNS as LISTS
 from results.store import NETWORK, Runs, Store
 from results.tables import (
@@ -188,17 +189,21 @@ def on_links(lines: pd.DataFrame) -> pd.DataFrame:
     sent during backward with each other, rows that are sent after it too. lines: of data/links.csv."""
     judged = []
     for network, part in lines[timing.equal(lines)].groupby(NETWORK, sort=False):
-        where = f"{network[0]} on {'links' if network[1] == 'emulated' else network[1]}"
+        where = f"{network[0]} on {'links' if network[1] == 'emulated' else network[1]}, {network[2]} hosts"
+        where += f", {network[5]}" if network[1] == "emulated" and cost_model.number(network[5]) else ""
         times = part.pivot(index="round", columns="row", values="milliseconds")
         slow = [row for row in times if row.startswith("slowmo_") and "," not in row]  # with the paper's τ
 
+        def base(row):
+            plain, overlap = cost_model.way(row.removeprefix("slowmo_"))
+            return plain if overlap or not cost_model.two_ways(f"{network[0]}_{plain}") else f"{plain}_after"  # OSGP has one way
+
         def change(row, other, least, most):
-            other = other if other in times else other.removesuffix("_after")  # OSGP alone has one way
             source = f"{len(times)} rounds, {network[2]} hosts, {network[4]}, {network[5]}"
             return row, 100 * (times[row] / times[other] - 1), least, most, source
 
         claims = [(COST, f"an iteration with SlowMo costs what its base's does (within {PACE:g}%)",
-                   [change(row, row.removeprefix("slowmo_"), -PACE, PACE) for row in slow])]  # fmt: skip
+                   [change(row, base(row), -PACE, PACE) for row in slow if base(row) in times])]  # fmt: skip
         for every in (row for row in times if row.startswith("ar_")):
             when = "after" if every.endswith("_after") else "during"
             claims.append((OURS, f"an iteration with SlowMo costs less than that of AllReduce, both {when} backward",
@@ -247,7 +252,8 @@ def matrix(judged: pd.DataFrame) -> str:
     rows = {}  # translation's words for the same claims
     for line in judged[judged["data"].isin(columns)].itertuples():
         text = functools.reduce(lambda text, pair: text.replace(*pair), (("Adam", "SGD"), ("BLEU", "accuracy")), line.claim)
-        rows.setdefault(text, {})[line.data] = f"**{line.verdict}**" if line.kind == PRIMARY else line.verdict
+        row = rows.setdefault(re.sub(r" \(within .*\)", "", text), {})
+        row[line.data] = f"**{line.verdict}**" if line.kind == PRIMARY else line.verdict
     lines = [["claim", *(f"`{data}`" for data in columns)], ["---"] * (len(columns) + 1)]
     lines += [[text, *(found.get(data, "") for data in columns)] for text, found in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -209,15 +209,15 @@ def wallclock(data: str, runs: Runs, curves: Curves):
     axis.set(xlabel=f"seconds, {' or '.join(sorted(drawn))}", ylabel=worded(metric))
     axis.set_xlim(left=0)
     axis.legend()
-    return titled(figure, data, "")
+    model = f"modelled: {TITLES[cost_model.column(data)]}, on the paper's cluster, sent after backward"
+    return titled(figure, data, model if drawn != {MEASURED} else "")
 
 
 def clock(data: str, cell: str, found: pd.DataFrame):
     """(seconds at each row, how they are known). A run in one process says nothing about a cluster: its seconds are modelled."""
     if data not in SMALL and (found["processes"] > 1).all():
         return found["seconds"], MEASURED
-    model = f"modelled: {TITLES[cost_model.column(data)]} on the paper's cluster, sent after backward"
-    return found.index.to_numpy() * cost_model.pace(data, cell), model
+    return found.index.to_numpy() * cost_model.pace(data, cell), "modelled"
 
 
 def swept(data: str, runs: Runs, key: str, sign: str, log: bool = False):

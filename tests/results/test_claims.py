@@ -200,7 +200,7 @@ def test_tau(values, expected, tmp_path):
 @pytest.mark.parametrize("half, one, expected", [(58, 60, "supported"), (62, 60, "contradicted"), (60, 60, "equivalent")])
 def test_alpha(half, one, expected, tmp_path):
     cells = [*table1()[:-1], near(f"{DATA}_slowmo_sgp", one)]
-    path = written(tmp_path, *cells, *(near(f"{DATA}_slowmo_sgp,outer.alpha={alpha}", half) for alpha in (0.5, 0.75)))
+    path = written(tmp_path, *cells, *(near(f"{DATA}_slowmo_sgp,outer.alpha={alpha}", half) for alpha in (0.5, 0.75, 1.5)))
     assert verdict(path, "α = 1 is best") == expected
 
 
@@ -286,7 +286,7 @@ def test_cost_is_judged_on_links():
              "jitter": 0.0}  # fmt: skip
     made = pd.DataFrame([facts | {"row": row, "round": k, "milliseconds": ms} for row, of in times.items() for k, ms in enumerate(of)])
     judged = claims.on_links(pd.concat([made, made.assign(jitter=0.05)])).set_index("claim")
-    assert set(judged["data"]) == {"imagenet on links"} and len(judged) == 3
+    assert set(judged["data"]) == {"imagenet on links, 8 hosts"} and len(judged) == 3
     same = judged.loc["an iteration with SlowMo costs what its base's does (within 5%)"]
     assert same["verdict"] == "supported" and "slowmo_sgp +1.03" in same["evidence"] and "3 rounds, 8 hosts, 400mbit, 0ms" in same["runs"]
     assert "slowmo_osgp_after +2.2" in same["evidence"]
@@ -294,5 +294,8 @@ def test_cost_is_judged_on_links():
     assert after["verdict"] == "supported" and after["evidence"].startswith("slowmo_osgp_after") and "slowmo_sgp" not in after["evidence"]
     assert judged.loc["an iteration with SlowMo costs less than that of AllReduce, both during backward"]["verdict"] == "contradicted"
     assert set(judged.loc[judged.index.str.contains("less than"), "kind"]) == {"question of ours"} and same["kind"] == "cost"
+    alone = [facts | {"row": "slowmo_sgp_after", "round": k, "milliseconds": 140.0 + k} for k in range(3)]  # its base was sent otherwise
+    again = claims.on_links(pd.concat([made, pd.DataFrame(alone)]).assign(delay="0.5ms"))
+    assert again.iloc[0]["evidence"] == same["evidence"] and set(again["data"]) == {"imagenet on links, 8 hosts, 0.5ms"}
     apart = claims.markdown(judged.reset_index())
     assert apart.count("| claim |") == 1 and claims.on_links(made[:0]).empty
