@@ -238,6 +238,59 @@ def test_a_gradient_that_came_and_is_zero_is_a_gradient():
     assert torch.allclose(run(lambda model, optimizer: optimizer), found)
 
 
+@pytest.mark.parametrize("how", ["new", "data"])
+def test_zeros_given_by_hand_are_a_gradient(how):
+    def run(make):
+        model = net()
+        made = make(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5))
+        for p in model.parameters():  # there was no backward pass
+            if how == "new" or p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.data = torch.zeros_like(p)
+        made.step()
+        return weights(model)
+
+    assert torch.equal(run(lambda model, optimizer: slowmo.SlowMo(model, optimizer, **IDLE)), run(lambda model, optimizer: optimizer))
+
+
+def test_a_head_that_is_used_once_stands_still_after_it():
+    """Although its momentum would move it, and a clip writes to its gradients in every step."""
+
+    def run(make):
+        torch.manual_seed(0)
+        body, head = nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
+        model = nn.ModuleList([body, head])
+        made = make(model, torch.optim.SGD([{"params": list(part.parameters())} for part in model], lr=0.1, momentum=0.9))
+        for step in range(4):
+            made.zero_grad()
+            h = body(batch(step)[0])
+            (head(h) if step == 0 else h).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            made.step()
+        return weights(model)
+
+    assert same(run(lambda model, optimizer: slowmo.SlowMo(model, optimizer, **IDLE)), run(lambda model, optimizer: optimizer))
+
+
+def test_where_gradients_are_averaged_all_ranks_step_or_none():
+    """Rank 0's gradient of the head is exactly zero, rank 1 has none."""
+
+    def run():
+        torch.manual_seed(0)
+        body, head = nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
+        model = nn.ModuleList([body, head])
+        groups = [{"params": list(part.parameters())} for part in model]
+        made = slowmo.SlowMo(model, torch.optim.SGD(groups, lr=0.1, weight_decay=0.5), "allreduce", tau=10**6)
+        for step in range(2):
+            h = body(batch(step)[0])
+            (h.square().mean() + (0 * head(h).sum() if dist.get_rank() == 0 else 0)).backward()
+            made.step()
+        return weights(model)
+
+    assert torch.equal(*spawn(run, 2))
+
+
 # --- accumulation ---
 
 
