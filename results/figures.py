@@ -118,9 +118,11 @@ def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: b
                 continue
             style = styled(cell, found["seeds"].max())
             axis.plot(found["epoch"], found[name], **style)
+            if cell == every:
+                continue
             judged = curves.of(f"{data}_{cell},evaluate.band=true")
             found = judged if len(judged) else found
-            if cell == every or f"{name}_worker_min" not in found:
+            if f"{name}_worker_min" not in found:
                 continue
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
             banded |= found[f"{name}_worker_min"].notna().any()

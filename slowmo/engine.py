@@ -180,7 +180,7 @@ class Engine(abc.ABC):
     def _optimizer_step(self, bucket: Bucket) -> None:
         """x <- x - γd, in place. The gradients are spent."""
         for segment in bucket.segments:
-            if self.replicas.loss_scale != 1 and segment.has_gradient:
+            if self.replicas.loss_scale != 1:
                 segment.grad.div_(self.replicas.loss_scale)
         self.inner.step(bucket)
         if self.handover.overlap:

@@ -254,13 +254,16 @@ def test_zeros_given_by_hand_are_a_gradient(how):
     assert torch.equal(run(lambda model, optimizer: slowmo.SlowMo(model, optimizer, **IDLE)), run(lambda model, optimizer: optimizer))
 
 
+def _body_and_head():
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 3)]).double()
+
+
 def test_a_head_that_is_used_once_stands_still_after_it():
     """Although its momentum would move it, and a clip writes to its gradients in every step."""
 
     def run(make):
-        torch.manual_seed(0)
-        body, head = nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
-        model = nn.ModuleList([body, head])
+        model = body, head = _body_and_head()
         made = make(model, torch.optim.SGD([{"params": list(part.parameters())} for part in model], lr=0.1, momentum=0.9))
         for step in range(4):
             made.zero_grad()
@@ -277,9 +280,7 @@ def test_where_gradients_are_averaged_all_ranks_step_or_none():
     """Rank 0's gradient of the head is exactly zero, rank 1 has none."""
 
     def run():
-        torch.manual_seed(0)
-        body, head = nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
-        model = nn.ModuleList([body, head])
+        model = body, head = _body_and_head()
         groups = [{"params": list(part.parameters())} for part in model]
         made = slowmo.SlowMo(model, torch.optim.SGD(groups, lr=0.1, weight_decay=0.5), "allreduce", tau=10**6)
         for step in range(2):
