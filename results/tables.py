@@ -47,6 +47,7 @@ SWEEPS = {
     "beta": (0.2, 0.4, 0.6, 0.8),
     "buffers": ("reset", "maintain", "average"),
 }
+SIBLINGS = {"diloco": "DiLoCo", "streaming": "Streaming DiLoCo"}  # with their papers' outer rate and momentum
 SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
 MEASURED = "mean ± standard deviation over seeds (their number)"
 RULES = {  # of the paper's data, of a stand-in
@@ -143,6 +144,13 @@ def layout(data: str) -> tuple[Table, ...]:
         plain, slowed = f"{data}_{every}{alone}", f"{data}_{every},outer=slowmo,outer.beta=0.4{alone}"
         rows += [(f"{LABELS[every]}{words}", plain, None), (f"{LABELS[every]} + SlowMo, β = 0.4{words}", slowed, plain)]
     some("allreduce", "SlowMo over AllReduce", rows)
+    if small and not text:
+        plain = f"{data}_local_sgd"
+        others = [(f"Local SGD: {title}", f"{plain},outer={name}", plain) for name, title in SIBLINGS.items()]
+        some("siblings", "SlowMo's siblings over Local SGD", [row("local_sgd"), row("slowmo_local_sgd"), *others])
+    if data in LOSS_TIERS:
+        rows = [(label, run, None if run == slow else slow) for label, run in joint(slow)]
+        some("joint", "α and β, each with three learning rates", rows)
     return tuple(made)
 
 
@@ -159,11 +167,28 @@ def sweep(data: str, key: str) -> list[tuple]:
     return [(value, run_name(slow, **{key: value})) for value in values]
 
 
+def joint(slow: str) -> list[tuple[str, str]]:
+    """(label, run) of α, and of β, around their defaults, at the tuned learning rate and a factor of √3 to both sides."""
+    tuned, rows = experiment(slow)["optimizer"]["lr"], []
+    for rate in (float(f"{tuned * 3**power:.2g}") for power in (-0.5, 0, 0.5)):
+        faster = () if rate == tuned else (f"optimizer.lr={rate:g}",)
+        for own in ({}, {"alpha": 0.5}, {"alpha": 1.5}, {"beta": 0.4}, {"beta": 0.8}):
+            name, words = RunId.parse(run_name(slow, **own))
+            alpha, beta = (own.get(key, default(slow, key)) for key in ("alpha", "beta"))
+            rows.append((f"γ = {rate:g}, α = {alpha:g}, β = {beta:g}", str(RunId(name, (*faster, *words)))))
+    return rows
+
+
 @functools.cache
-def default(experiment: str, key: str):
+def experiment(name: str) -> dict:
+    """An experiment's file."""
+    return yaml.safe_load((CONFIGS / f"experiment/{name}.yaml").read_text())
+
+
+@functools.cache
+def default(name: str, key: str):
     """`outer.<key>` of an experiment's file, or the config group's own."""
-    own = yaml.safe_load((CONFIGS / f"experiment/{experiment}.yaml").read_text()).get("outer", {})
-    return own.get(key, yaml.safe_load((CONFIGS / "outer/slowmo.yaml").read_text())[key])
+    return experiment(name).get("outer", {}).get(key, yaml.safe_load((CONFIGS / "outer/slowmo.yaml").read_text())[key])
 
 
 def run_name(experiment: str, **outer) -> str:

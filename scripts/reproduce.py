@@ -37,7 +37,7 @@ from results.inference import LOOKS  # noqa: E402
 from results.store import MINE, PUBLISHED, RunId, Runs  # noqa: E402
 from results.tables import SMALL, layout  # noqa: E402
 
-EACH = ("table1", "best", "nll", "table2", "noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce")
+EACH = ("table1", "best", "nll", "table2", "noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "siblings", "joint")
 TABLES = {key: (key,) for key in EACH} | {"fig3": ("tau",), "ablations": EACH[4:]}
 STATUS = {0: "done", 2: "refused", 3: "diverged"}  # run.py's exit codes; above 128 a signal's
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}

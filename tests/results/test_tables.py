@@ -173,9 +173,12 @@ def test_layouts_name_runs_as_their_folders_are():
     assert rows["imagenet_slowmo_sgp"] == "SGP + SlowMo, τ = 48" and rows["imagenet_slowmo_sgp,outer.tau=12"] == "SGP + SlowMo, τ = 12"
 
 
-@pytest.mark.parametrize("run", ["cifar10_small_slowmo_sgp,outer.buffers=maintain", "imagenet_ar_sgd,outer=slowmo,outer.beta=0.4"])
-def test_the_commands_lead_to_folders_of_these_names(run, tmp_path):
-    assert any(run == row[1] for table in tables.layout(re.match(r"cifar10_small|imagenet", run)[0]) for row in table.rows)
+@pytest.mark.parametrize("data, run", [
+    ("cifar10_small", "cifar10_small_slowmo_sgp,outer.buffers=maintain"), ("imagenet", "imagenet_ar_sgd,outer=slowmo,outer.beta=0.4"),
+    ("cifar10_small_loss", "cifar10_small_loss_slowmo_sgp,optimizer.lr=0.3,outer.alpha=0.5"),
+    ("cifar10_small", "cifar10_small_local_sgd,outer=streaming")])  # fmt: skip
+def test_the_commands_lead_to_folders_of_these_names(data, run, tmp_path):
+    assert any(run == row[1] for table in tables.layout(data) for row in table.rows)
     words = tables.command(run, [2]).split()[2:]
     done = command(*words, "dry_run=true", cwd=tmp_path)
     assert f"runs/{run}/seed2" in done.out, done.text
