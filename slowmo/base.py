@@ -73,10 +73,12 @@ class SGP(LocalSGD):
         self.regular = self.gossip.regular
         self._weights: Sequence[float | torch.Tensor]  # of the step that has been started
         self._next_w: torch.Tensor
+        self._restarted: set[Segment] = set()  # since the last step began
 
     def restart(self, segment: Segment, x: torch.Tensor, buffers: str = "maintain", exact: bool = True) -> None:
         super().restart(segment, x, buffers, exact)
-        if exact:  # everybody holds the average: nobody owes weight to anybody
+        self._restarted |= {segment} if exact else set()
+        if len(self._restarted) == len(self.replicas.segments):  # everybody holds the average: nobody owes weight to anybody
             self.w = torch.ones_like(self.w)
 
     def comm_volume(self, average: str | None = None) -> tuple[float, float]:
@@ -88,6 +90,7 @@ class SGP(LocalSGD):
         return max(0, most - 1) + self.gossip.rounded(most)
 
     def _begin(self) -> None:
+        self._restarted.clear()
         if not self._average:
             self._weights, self._next_w = self.gossip.weights(self.steps, self.w)
         elif self.gossip_buffers and self._average == "maintain":

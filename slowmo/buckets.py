@@ -60,7 +60,7 @@ class Segment:
         self._homes: list[int] = []  # addresses of the gradients
         self._shown: set[int] = set()  # numbers of the members of another dtype whose .grad is a copy of the mean
         self._clean, self._taken = self.grad._version, False
-        self.arrived = False  # that a gradient has come since they were zeroed is known from a hook or from who put it there
+        self._arrived: set[int] = set()  # members whose gradient is known to have come since they were zeroed, by id
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
         """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `written`."""
@@ -89,6 +89,8 @@ class Segment:
 
     def gather_grads(self) -> None:
         """Bring home gradients that are not views: those of another dtype, and those that the user replaced or took away."""
+        if not self.has_gradient and bool(self.grad.any()):
+            increment_version([self.grad])  # written behind torch's back: p.grad.data.copy_(...), p.grad.numpy()
         written, found = self.has_gradient, False
         for k, (p, x, g) in enumerate(self.members):
             shown = k in self._shown
@@ -96,7 +98,8 @@ class Segment:
                 row, place = divmod(k, len(self.places))
                 home = self.places[place].of(self.grad, row)
                 self.members[k] = p, x, home
-                found = self.arrived = True
+                found = True
+                self.mark_arrived(p)
                 home.copy_(g)
                 p.grad = g = home
             elif p.grad is g or shown and p.grad is not None and torch.equal(p.grad, g.to(p.dtype)):  # as it was shown
@@ -109,7 +112,8 @@ class Segment:
             elif p.grad.layout != torch.strided:
                 raise ValueError("a gradient is sparse: build the layer with sparse=False, rows are dense")
             else:
-                found = self.arrived = True
+                found = True
+                self.mark_arrived(p)
                 g.copy_(p.grad) if p.dtype == g.dtype or shown else g.add_(p.grad)
             if p.grad is not g:
                 p.grad = g if p.dtype == g.dtype else None
@@ -129,10 +133,20 @@ class Segment:
         """Whether anything was written to the gradients since they were zeroed: a view's write counts for its block."""
         return self.grad._version != self._clean
 
+    def mark_arrived(self, *parameters: torch.Tensor) -> None:
+        """A gradient of these has come: known from a hook, or from who put it there. Default: of all."""
+        self._arrived.update(id(p) for p in parameters or (member[0] for member in self.members))
+
     @property
     def reached(self) -> bool:
         """Whether a gradient has come: a clip writes to zeros, too."""
-        return self.has_gradient and (self.arrived or bool(self.grad.any()))
+        return self.has_gradient and (bool(self._arrived) or bool(self.grad.any()))
+
+    def hide_missing(self) -> None:
+        """Until `zero_grads` a parameter that no gradient has come for has none, as in torch."""
+        for p, _, g in self.members:
+            if id(p) not in self._arrived and not (self.has_gradient and bool(g.any())):
+                p.grad, self._taken = None, True
 
     def take_grads(self) -> None:
         """From here to `zero_grads` nobody sees the gradients: their memory is the inbox of a message."""
@@ -152,7 +166,8 @@ class Segment:
         if self._taken:
             for p, x, g in self.members:
                 p.grad = g if p.dtype == x.dtype else None
-        self._clean, self._taken, self.arrived = self.grad._version, False, False
+        self._clean, self._taken = self.grad._version, False
+        self._arrived.clear()
 
     def used(self, block: torch.Tensor) -> list[torch.Tensor]:
         """What parameters take of a block, `[n or 1, numel]` each: between them an optimizer without ε divides 0 by 0."""
@@ -230,7 +245,7 @@ def start_mean(bucket: Bucket, cluster: Cluster, count: int, inside: bool) -> Pe
     for segment in bucket.segments:
         part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
         part.div_(count)  # now, while backward still runs
-        segment.arrived = True  # on some rank perhaps: all do the same
+        segment.mark_arrived()  # on some rank perhaps: all do the same
         parts.append(part)
         waits.append(cluster.all_reduce(part, inside=inside, wait=False))
 
@@ -265,6 +280,7 @@ class Handover:
         self.passes: int  # backward passes of this step that have ended
         self.graphs: set[int]  # those that have begun, by torch's number
         self.enabled, self.paused, self.touched, self.first_unsent, self.first_waiting = False, False, False, 0, 0
+        self.again = False  # whether gradients are counted from the start when the next one comes
         self.waits: list[Pending] = []
 
     def enable(self, advance: Callable[[Bucket], None], overlap: bool, behind: float = 0) -> None:
@@ -277,7 +293,7 @@ class Handover:
         if self.half_done:
             raise RuntimeError("backward has begun a step that was not finished: call step() after each, or choose overlap=False")
         self.settle()
-        self.first_unsent, self.waits, self.touched, self.passes, self.graphs = 0, [], False, 0, set()
+        self.first_unsent, self.waits, self.touched, self.passes, self.graphs, self.again = 0, [], False, 0, set(), False
         copies = len(self.replicas.models) * self.replicas.accumulate
         self.missing = [copies * sum(len(s.places) for s in bucket.segments) for bucket in self.buckets]
 
@@ -315,6 +331,8 @@ class Handover:
     def _arrived(self, index: int, during_backward: bool = True) -> None:
         if not self.enabled and self.starter:
             self.starter()
+        if self.again:
+            self.rearm()
         if not self.enabled or self.paused or not (self.overlap or self.reduce):
             return
         if index < self.first_unsent:
@@ -334,8 +352,8 @@ class Handover:
     @torch.no_grad()
     def _backward_ended(self) -> None:
         """Whoever reads gradients after the last backward of a step sees the mean, as with DDP: of parameters that got none, too."""
-        if torch._C._current_autograd_node() is not None:
-            return  # a reentrant checkpoint's, within a backward that goes on
+        if (node := torch._C._current_autograd_node()) is not None:
+            return self._when_outer_ends(node)
         self.passes += 1
         if self.passes == len(self.replicas.models) * self.replicas.accumulate:
             self._send_all()
@@ -343,6 +361,19 @@ class Handover:
             self.settle()
             for segment in self.replicas.segments:
                 segment.show_grads()
+
+    def _when_outer_ends(self, node: torch.autograd.graph.Node) -> None:
+        """A backward has ended inside `node` of another, as a reentrant checkpoint's does: look again when that one ends. It may form no
+        gradient of a parameter itself."""
+
+        def outside(*_: object) -> None:
+            handle.remove()
+            graph = torch._C._current_graph_task_id()
+            if self.enabled and graph not in self.graphs:
+                self.graphs.add(graph)
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+        handle = node.register_hook(outside)
 
     def _send_all(self) -> None:
         while self.first_unsent < len(self.buckets):

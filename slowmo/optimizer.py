@@ -72,8 +72,9 @@ class SlowMo(torch.optim.Optimizer):
         self.param_groups = optimizer.param_groups  # the user's own list
         self.inner_optimizer, self.model, self.cluster = optimizer, model, cluster
         if cluster.world_size > 1:
-            given = (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, type(optimizer).__name__)
-            agree(cluster, "SlowMo", given)
+            mixing = [sorted(graph(step).items()) for step in range(graph.cycle)] if graph else None
+            kinds = type(optimizer).__name__, elementwise, mixing
+            agree(cluster, "SlowMo", (base, tau, alpha, beta, buffers, exact, overlap, bucket_cap_mb, accumulate, *kinds))
         self.replicas = Replicas(model, cluster, self.param_groups, bucket_cap_mb=bucket_cap_mb, accumulate=accumulate)
         self.replicas.watch_grads()
         kept = dict(optimizer.state)
@@ -110,8 +111,8 @@ class SlowMo(torch.optim.Optimizer):
         """
         if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError("the model is wrapped in DistributedDataParallel, which averages gradients every step: train the bare one")
-        if not any(p.requires_grad for p in self._stands_in_for):
-            return  # a discriminator, while its generator learns
+        if not any(p.requires_grad for p in self._stands_in_for) or self.replicas.replaced():
+            return  # a discriminator, while its generator learns; functional_call with other tensors, or `step` will say what is wrong
         if self._evaluating:
             raise RuntimeError("a training forward pass inside averaged(): call model.eval(), or take its gradients outside")
         base, handover = self.algorithm.base, self.algorithm.base.handover
@@ -122,7 +123,7 @@ class SlowMo(torch.optim.Optimizer):
             self.algorithm.start()
             self._at_start = [segment.grad._version for segment in self.replicas.segments]
         elif handover.touched and self.replicas.accumulate == 1 and not handover.half_done:
-            handover.rearm()  # gradients were averaged and more are to be added to them; or backward has failed
+            handover.again = True  # gradients were averaged and more may be added to them; or backward has failed
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; after every tau-th the slow step. closure: as in torch, it computes the loss and gradients. Returns its loss."""

@@ -129,6 +129,10 @@ class SlowMo(Average):
         self.base.restart(segment, x0, self.buffers, self.exact)        # 2  reset | maintain | average
 
     def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
+        if x0.dtype == torch.float16:  # as scalars 1/γ and αγ may leave its range
+            u.mul_(self.beta).add_(_less(x0, x).div_(lr))
+            x0.sub_(torch.mul(u, self.alpha * lr, out=x))
+            return
         u.mul_(self.beta).add_(_less(x0, x), alpha=1 / lr)              # 7  slow momentum
         x0.sub_(u, alpha=self.alpha * lr)                               # 8  outer iterate
 

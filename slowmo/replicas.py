@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slowmo.buckets import Bucket, Segment, cut, fragments
+from slowmo.buckets import Bucket, Segment, cut, fragments, is_dense
 from slowmo.cluster import Cluster
 
 # models in the hands of a Replicas
@@ -55,7 +55,8 @@ class Replicas:
             raise ValueError(f"the model is on {trained[0].device}, the cluster on {cluster.device}: give both the same device")
         groups = _groups(trained, param_groups)
         if cluster.world_size > 1:
-            facts = [(name, tuple(p.shape), str(p.dtype), group) for (name, p), group in zip(named, groups)]
+            order = lambda p: [s for s, n in zip(p.stride(), p.shape) if n > 1] if is_dense(p) else None
+            facts = [(name, tuple(p.shape), order(p), str(p.dtype), group) for (name, p), group in zip(named, groups)]
             agree(cluster, "the model", facts)
             # what is not trained comes from rank 0 too
             for fixed in (*model.buffers(), *(p for p in model.parameters() if not _trained(p))):
@@ -94,7 +95,7 @@ class Replicas:
         frozen: not for those that are frozen or freed.
         """
         parameters = list(self.models[0].parameters())
-        if [id(p) for p in parameters] != self._parameters or not all(segment.in_place() for segment in self.segments):
+        if self.replaced() or not all(segment.in_place() for segment in self.segments):
             raise RuntimeError(
                 "a parameter was moved, cast, added or replaced after it was wrapped, training would do nothing: change the model "
                 "(to(...), double(), a new layer, load_state_dict(assign=True)) before wrapping it, and wrap model and optimizer anew after"
@@ -102,6 +103,10 @@ class Replicas:
         if not frozen and [_trained(p) for p in parameters] != self._trained:
             raise RuntimeError("a parameter was frozen or freed after it was wrapped: wrap model and optimizer anew")
         return self._versions is not None and self._versions != self._now()
+
+    def replaced(self) -> bool:
+        """Whether the first model has other parameters than it had, for a while (torch.func.functional_call) or for good."""
+        return [id(p) for p in self.models[0].parameters()] != self._parameters
 
     def remember(self) -> None:
         """The parameters are as the algorithm left them."""
@@ -154,7 +159,7 @@ class Replicas:
 
             def hook(p: torch.Tensor, seen: "weakref.ref[Segment]" = seen) -> None:
                 if (found := seen()) is not None:
-                    found.arrived = True
+                    found.mark_arrived(p)
 
             for p, _, _ in segment.members:
                 p.register_post_accumulate_grad_hook(hook)

@@ -680,3 +680,19 @@ def test_the_default_graphs():
     for kind, graph in ((slowmo.SGP, slowmo.Exponential), (slowmo.OSGP, slowmo.Exponential), (slowmo.DPSGD, slowmo.Ring)):
         _, algorithm = build(quadratic(4), 4, lambda replicas, optimizer: kind(replicas, optimizer))
         assert type(algorithm.graph) is graph and algorithm.graph.size == 4
+
+
+def test_a_group_that_takes_no_part_in_a_slow_step_keeps_its_average():
+    """Learning rate 0 in one group: its rows still belong to the push-sum weights of before."""
+    replicas, algorithm = build(Several(3), 3, "sgp_irregular", two_groups(sgd), lambda base: SlowMo(base, 3, beta=0.5))
+    write_rows(replicas, torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    replicas.forget()
+    for step in range(5):
+        algorithm.start()
+        write_gradients(replicas, torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step)))
+        algorithm.base.optimizer.param_groups[1]["lr"] = 0.0
+        still = next(k for k, segment in enumerate(replicas.segments) if segment.group == 1)
+        before = algorithm.base.average()[still].clone()
+        assert step == 0 or (algorithm.base.w != 1).any()
+        algorithm.step()  # SGP at rate 0 only mixes, and a slow step changes nothing
+        torch.testing.assert_close(algorithm.base.average()[still], before, rtol=1e-12, atol=1e-12)

@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from loops import IDLE, batch, loss_of, net, plain, train, weights, wrapped
+from loops import IDLE, batch, gradients, loss_of, net, plain, same, train, weights, wrapped
 from processes import spawn
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import slowmo
 
@@ -554,3 +555,275 @@ def test_a_discriminator_may_be_frozen_while_its_generator_learns():
 def test_a_copy_of_it_is_refused(copied):
     with pytest.raises(RuntimeError, match="save state_dict"):
         copied(wrapped(**IDLE)[1])
+
+
+# --- gradients that arrive in another way, or not at all ---
+
+
+class Blocks(nn.Module):
+    """Every trained layer inside a checkpoint, as in a model with frozen ends and adapters in its blocks."""
+
+    def __init__(self, depth):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.depth = depth
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        for layer in self.layers:
+            call = layer
+            for _ in range(self.depth):
+                call = lambda x, inner=call: checkpoint(inner, x, use_reentrant=True)
+            x = x + call(x)
+        return x
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids=["once", "in each other"])
+@AVERAGING
+def test_gradients_are_final_where_all_are_formed_inside_reentrant_checkpoints(options, depth):
+    def run(depth):
+        model = Blocks(depth)
+        made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.5), tau=1000, bucket_cap_mb=1e-3, **options)
+        norms = []
+        for step in range(4):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + made.cluster.rank))
+            model(x * (1 + made.cluster.rank)).square().mean().backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+            made.step()
+        return norms, weights(model)
+
+    def both():
+        return run(depth), run(0)
+
+    for (norms, rows), (expected, others) in spawn(both, 2):
+        assert norms == expected and torch.equal(rows, others)
+
+
+@AVERAGING
+def test_a_forward_pass_on_one_rank_that_no_backward_follows_changes_nothing(options):
+    def run():
+        found = []
+        for logs in (False, True):
+            model = net(norm=False)
+            made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.1), tau=1000, timeout=30, **options)
+            for step in range(4):
+                made.zero_grad()
+                loss_of(model, step).backward()
+                if logs and made.cluster.rank == 0 and step == 1:
+                    loss_of(model, 9)
+                made.step()
+            found.append(weights(model))
+        return found
+
+    for quiet, logged in spawn(run, 2):
+        assert torch.equal(quiet, logged)
+
+
+@pytest.mark.parametrize("write", [lambda p, g: p.grad.data.copy_(g), lambda p, g: p.grad.numpy().__setitem__(..., g.numpy())],
+                         ids=["data", "numpy"])  # fmt: skip
+def test_gradients_written_behind_torchs_back_count_once(write):
+    model, made = wrapped("sgd", **IDLE)
+    other, plain_made = plain("sgd")
+    for k in range(3):
+        for mine, its in zip(model.parameters(), other.parameters()):
+            g = torch.full_like(its, 0.1 * (k + 1))
+            write(mine, g)
+            its.grad = g
+        made.step()
+        assert not gradients(model).any()
+        plain_made.step()
+    assert same(weights(model), weights(other))
+
+
+class Half(torch.optim.AdamW):
+    """Stepped whole, as any class that is not known."""
+
+
+def test_a_parameter_without_a_gradient_stands_still_where_the_optimizer_is_stepped_whole():
+    def moved(wrap):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])
+        made = Half(model.parameters(), lr=0.05)
+        made = slowmo.SlowMo(model, made, base="local_sgd", tau=1000) if wrap else made
+        for k in range(6):
+            made.zero_grad()
+            h = model[0](torch.randn(8, 3))
+            (model[1](h) if k < 3 else h).square().mean().backward()
+            if k == 4:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)  # which writes to zeros, too
+            made.step()
+            if k == 2:
+                before = model[1].weight.detach().clone()
+        return float((model[1].weight.detach() - before).abs().max()), weights(model)
+
+    (mine, rows), (its, others) = moved(True), moved(False)
+    assert mine == its == 0 and same(rows, others)
+
+
+def test_other_tensors_in_the_models_place_are_no_step():
+    """MAML: functional_call with adapted weights, whose gradients reach the model's own."""
+
+    def meta(wrap):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        made = torch.optim.SGD(model.parameters(), lr=0.1)
+        made = slowmo.SlowMo(model, made, base="local_sgd", tau=1000) if wrap else made
+        for _ in range(3):
+            made.zero_grad()
+            own, x = dict(model.named_parameters()), torch.randn(4, 3)
+            steps = torch.autograd.grad(model(x).square().sum(), [*own.values()], create_graph=True)
+            fast = {name: p - 0.1 * g for (name, p), g in zip(own.items(), steps)}
+            torch.func.functional_call(model, fast, (x,)).square().sum().backward()
+            made.step()
+        return weights(model)
+
+    assert same(meta(True), meta(False))
+
+
+def test_a_model_that_was_moved_in_mid_training_is_still_told():
+    model, made = wrapped("sgd", **IDLE)
+    loss_of(model, 0).backward()
+    made.step()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match="moved, cast, added or replaced"):
+        made.step()
+
+
+# --- a reset is the state before the first step ---
+
+
+class CountsInGroups(torch.optim.Optimizer):
+    """Adam with the number of steps in its group, as apex and timm have it."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    v = state.setdefault("v", torch.zeros_like(p))
+                    v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+                    p.sub_(p.grad / (v / (1 - 0.999 ** group["step"])).sqrt().add_(1e-8), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "warm"])
+@pytest.mark.parametrize("elementwise", [True, None], ids=["by segment", "whole"])
+def test_a_reset_takes_back_what_is_counted_in_groups(elementwise, warm):
+    model = net(norm=False)
+    made = CountsInGroups([{"params": [p]} for p in model.parameters()])
+    for k in range(2 * warm):
+        loss_of(model, k).backward()
+        made.step()
+        made.zero_grad()
+    made = slowmo.SlowMo(model, made, base="local_sgd", tau=20, elementwise=elementwise, alpha=1.0, beta=0.0)
+    for k in range(21):
+        before = weights(model)
+        loss_of(model, k).backward()
+        made.step()
+    assert [group["step"] for group in made.param_groups] == [1] * len(made.param_groups)
+    assert float((weights(model) - before).abs().max()) == pytest.approx(0.01, rel=1e-3)  # a first step of Adam: the rate
+
+
+def test_a_reset_of_a_group_that_has_no_slow_step_keeps_its_counters():
+    model = net(norm=False)
+    first, *others = model.parameters()
+    made = slowmo.SlowMo(model, CountsInGroups([{"params": [first]}, {"params": others}]), base="local_sgd", tau=2, elementwise=True)
+    for k in range(2):
+        loss_of(model, k).backward()
+        made.param_groups[0]["lr"] = 0.0  # line 7 would divide by it: nothing happens to this group
+        made.step()
+    assert made.param_groups[0]["step"] == 2 and "step" not in made.param_groups[1]
+
+
+class Own(torch.optim.SGD):
+    """Not known to be elementwise."""
+
+
+class Filled(Own):
+    """Fills its state when it is built."""
+
+    def __init__(self, params, lr=0.1, start=2.0):
+        super().__init__(params, lr)
+        self.defaults["start"] = start
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["own"] = torch.full_like(p, start)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for state in self.state.values():
+            state["own"].mul_(2)
+
+
+def test_a_reset_of_an_optimizer_that_had_stepped_before_it_was_wrapped():
+    model = net(norm=False)
+    made = Own(model.parameters(), lr=0.1, momentum=0.9)
+    loss_of(model, 0).backward()
+    made.step()
+    made = slowmo.SlowMo(model, made, base="local_sgd", tau=1)
+    loss_of(model, 1).backward()
+    made.step()
+    assert all("slowmo_u" in made.state[p] and "momentum_buffer" not in made.state[p] for p in model.parameters())
+
+
+def test_a_reset_builds_what_an_optimizer_starts_with():
+    model = net(norm=False)
+    made = slowmo.SlowMo(model, Filled(model.parameters(), start=3.0), base="local_sgd", tau=2)
+    for k in range(4):
+        loss_of(model, k).backward()
+        made.step()
+        value = 6.0 if k % 2 == 0 else 3.0
+        assert all((made.state[p]["own"] == value).all() for p in model.parameters())
+
+
+def test_an_optimizer_that_cannot_be_built_again_names_the_remedy():
+    class Stubborn(Filled):
+        def __init__(self, params, secret):
+            super().__init__(params)
+
+    model = net(norm=False)
+    made = slowmo.SlowMo(model, Stubborn(model.parameters(), 1), base="local_sgd", tau=1)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="Choose buffers='maintain'"):
+        made.step()
+
+
+# --- what ranks must agree on ---
+
+
+def test_ranks_with_other_graphs_or_other_strides_are_refused():
+    def wraps(kind):
+        rank = dist.get_rank()
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        if kind == "strides" and rank:
+            model = model.to(memory_format=torch.channels_last)
+        mixing = torch.tensor([[0.5, 0.25], [0.5, 0.75]]) if rank else torch.tensor([[0.75, 0.5], [0.25, 0.5]])
+        options = {"graph": slowmo.Mixing(2, mixing)} if kind == "graph" else {"elementwise": bool(rank)} if kind == "elementwise" else {}
+        with pytest.raises(ValueError, match="is not that of rank"):
+            slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.1), timeout=30, **options)
+        return True
+
+    for kind in ("graph", "strides", "elementwise"):
+        assert all(spawn(wraps, 2, kind))
+
+
+# --- numbers at their edges ---
+
+
+def test_weights_of_half_precision_train_at_a_tiny_learning_rate():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2).half()
+    made = slowmo.SlowMo(model, torch.optim.SGD(model.parameters(), lr=1e-2), base="local_sgd", tau=2, beta=0.5)
+    for rate in (1e-2, 1e-5, 1e-7):
+        made.param_groups[0]["lr"] = rate
+        for _ in range(2):
+            model(torch.randn(8, 4).half()).square().mean().backward()
+            made.step()
+    assert weights(model).isfinite().all()
