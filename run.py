@@ -24,6 +24,8 @@ def main(_: DictConfig) -> None:
         task = build.build(cfg.task)
         summary, schedule, steps = plan.make(composed, task)
         path = run_dir.run_dir(composed, task)
+        if cfg.outer.get("tau") and not summary["slow steps"]:
+            cli.say(f"no slow step: {steps} steps end before outer.tau={cfg.outer.tau}")
         if cfg.dry_run:
             cli.say(plan.show(summary, path))
             if cfg.launch.name == "slurm":

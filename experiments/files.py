@@ -107,6 +107,10 @@ def aside(path: Path):
         except OSError:
             if not (kind(name) == kind(path) == "a folder"):
                 raise
+    except OSError as error:
+        if error.strerror and error.filename is None:  # a write does not say where
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):  # the error that led here says more
             remove(name)

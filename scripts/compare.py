@@ -21,6 +21,10 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of several")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw training loss and accuracy against steps (wants matplotlib)")
     options = parser.parse_args()
+    if gone := [str(folder) for folder in options.folders if not folder.is_dir()]:
+        parser.error(f"no folder {', '.join(gone)}")
+    if options.picture and options.picture.is_dir():
+        parser.error(f"--picture {options.picture} is a folder: name a file")
     lines = results(options.folders)
     Console().print(table(lines))
     print(course(lines))
@@ -109,10 +113,13 @@ def draw(lines: list[dict], path: Path) -> None:
         axis.set(xlabel="steps", ylabel=METRICS[metric][0])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.partial")
-    figure.savefig(aside, format="png", dpi=150)
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, format="png", dpi=150)
+        os.replace(aside, path)
+    except OSError as error:
+        sys.exit(f"error: no picture at {path}: {error.strerror}")
     pyplot.close(figure)
     print(f"picture: {path}")
 

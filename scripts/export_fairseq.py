@@ -40,6 +40,8 @@ def main() -> None:
     if not (options.run / "config.yaml").exists() or len(models) < max(1, options.average):
         sys.exit(f"{options.run} holds {len(models)} averaged models: name a run's folder, and no more models than its evaluate.keep")
     cfg = OmegaConf.load(options.run / "config.yaml")
+    if "bleu" not in cfg.task:
+        sys.exit(f"{options.run} is no run of task=wmt16: fairseq reads translation models alone")
     cfg.cluster.device = cfg.task.device = "cpu"
     try:
         export(build.build(cfg.task), models, options.out)

@@ -1,5 +1,6 @@
 """What `make run` shows: Local SGD, and SlowMo over it, at the same time, one thread each; then both compared."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -28,7 +29,10 @@ def main() -> int:
     code = max(abs(child.wait()) for child in children)
     if code:
         return code
-    folders = [next(line for line in lines if "/result.json" in line).rpartition("/result.json")[0].split()[-1] for lines in said]
+    done = [[found[1] for line in lines if (found := re.search(r"(?:done: |, see )(.+)/result\.json", line))] for lines in said]
+    if not all(done):
+        return 0  # a dry run
+    folders = [found[-1] for found in done]
     picture = Path(folders[0]).parent.parent / "quickstart.png"
     return subprocess.run([sys.executable, "scripts/compare.py", *folders, "--picture", str(picture)], cwd=ROOT).returncode
 

@@ -32,12 +32,14 @@ ROOT = Path(__file__).parent.parent
 stopping = threading.Event()  # Ctrl-C came
 sys.path.insert(0, str(ROOT))
 
+from experiments.runner.run_dir import IGNORED_KEYS  # noqa: E402
 from results import claims, collect, tables  # noqa: E402
 from results.inference import LOOKS  # noqa: E402
 from results.store import MINE, PUBLISHED, RunId, Runs  # noqa: E402
 from results.tables import SMALL, layout  # noqa: E402
 
 EACH = ("table1", "best", "nll", "table2", "noaverage", "double", "tau", "alpha", "beta", "buffers", "allreduce", "siblings", "joint")
+LAUNCHERS = sorted(path.stem for path in (ROOT / "configs/launch").glob("*.yaml"))
 TABLES = {key: (key,) for key in EACH} | {"fig3": ("tau",), "ablations": EACH[4:]}
 STATUS = {0: "done", 2: "refused", 3: "diverged"}  # run.py's exit codes; above 128 a signal's
 DATA = {"paper": tuple(SMALL.values()), "small": tuple(SMALL)} | {name: (name,) for pair in SMALL.items() for name in pair}
@@ -48,12 +50,20 @@ def main() -> int:
     parser.add_argument("what", nargs="+", choices=(*TABLES, "looks"))
     parser.add_argument("--data", choices=DATA, default="cifar10_small")
     parser.add_argument("--seeds", help="as in 1,2,3; by default as many as the table wants")
-    parser.add_argument("--most", type=int, default=LOOKS[-1], help="seeds of a cell at which `looks` ends")
+    parser.add_argument("--most", type=int, choices=LOOKS, default=LOOKS[-1], help="seeds of a cell at which `looks` ends")
     parser.add_argument("--publish", action="store_true", help="put what ends into what is committed")
-    parser.add_argument("--launcher", default="inprocess", help="launch=... of each run: inprocess, local, slurm, slurm_dgx1")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="inprocess", help="launch=... of each run")
     parser.add_argument("--jobs", type=int, help="runs at once; by default 2, on a cluster all")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     options, extra = parsed(parser)
+    if options.seeds and min(options.seeds) < 1:
+        parser.error("--seeds: tables count those from 1 on, others are for tuning")
+    for word in extra:
+        key = word.lstrip("+~").partition("=")[0]
+        if key in ("seed", "dry_run", "runs", "experiment"):
+            parser.error(f"-- {word}: say that before --" if key == "seed" else f"-- {word}: a cell's own run is asked for")
+        if not key.startswith(IGNORED_KEYS):
+            print(f"-- {word} gives runs other names: no table of these shows them", file=sys.stderr)
     data, ended = DATA[options.data], []
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
@@ -88,8 +98,10 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[st
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:end])
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     try:
-        options.seeds = options.seeds and [int(seed) for seed in options.seeds.split(",")]
+        options.seeds = options.seeds if options.seeds is None else [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {options.seeds}: whole numbers with commas, like 1,2,3")
     return options, words[end + 1 :]

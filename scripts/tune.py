@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="bases at once, a process each")
     parser.add_argument("--publish", action="store_true", help="take up and write what is committed: trials.csv and configs/experiment")
     options, extra = reproduce.parsed(parser)
+    if not options.seeds or max(options.seeds) > 0:
+        parser.error("--seeds: those of tables are 1 and more, tune on others, as 0,-1")
     if any(word.startswith(("steps=", "epochs=")) for word in extra):
         parser.error("a trial has its experiment's own length: leave steps and epochs out")
     if not options.launcher.startswith("slurm"):

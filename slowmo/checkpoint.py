@@ -86,6 +86,21 @@ def save(folder: Path, step: int, cluster: Cluster, workers: list[dict[str, torc
         {key: cluster.all_gather_in_worker(value) if key.startswith("own.") else value for key, value in worker.items()}
         for worker in workers
     ]
+    try:
+        _fill(aside, final, step, cluster, workers, shared, state)
+    except OSError:
+        if cluster.is_main:  # a disk that is full needs the room
+            with contextlib.suppress(OSError):
+                _remove(aside)
+        raise
+    with everywhere(cluster):
+        for old in _found(folder)[keep:] if cluster.is_main else ():
+            _remove(old)
+
+
+def _fill(aside: Path, final: Path, step: int, cluster: Cluster, workers: list[dict[str, torch.Tensor]], shared: dict[str, torch.Tensor],
+          state: dict[str, Any]) -> None:  # fmt: skip
+    """Write a checkpoint's files into the folder `aside`, which becomes `final`."""
     files: dict[str, dict[str, Any]] = {}
     with everywhere(cluster):
         if cluster.worker_rank == 0:
@@ -98,13 +113,11 @@ def save(folder: Path, step: int, cluster: Cluster, workers: list[dict[str, torc
     with everywhere(cluster):
         if cluster.is_main:
             body = {"format": FORMAT, "step": step, "workers": cluster.num_workers, "state": state, "files": files}
-            with open(aside / "manifest.json", "x") as file:
+            with _naming(aside / "manifest.json"), open(aside / "manifest.json", "x") as file:
                 json.dump({"sha256": _digest_of(body), "body": body}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(aside, final)
-            for old in _found(folder)[keep:]:
-                _remove(old)
 
 
 class Checkpoint:
@@ -242,7 +255,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sha = hashlib.sha256()
-    with open(path, "xb") as file:  # never through a link
+    with _naming(path), open(path, "xb") as file:  # never through a link
 
         def put(part: bytes | memoryview) -> None:
             file.write(part)
@@ -254,6 +267,17 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A write that fails does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _open(path: Path) -> io.BufferedReader:

@@ -26,7 +26,9 @@ def build(node: DictConfig, *args, **kwargs):
         cause = error.__cause__
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
-        raise ValueError(f"{node._target_}: {_first(cause or error)}") from None
+        said = _first(cause or error)
+        where = "; name the folder of your modules in PYTHONPATH" if "ModuleNotFoundError" in said else ""
+        raise ValueError(f"{node._target_}: {said}{where}") from None
     except torch.cuda.OutOfMemoryError:
         raise
     # a partial's, called here

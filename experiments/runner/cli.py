@@ -256,12 +256,16 @@ def reason(error: BaseException) -> str:
     if found := re.match(r"Could not (?:override|delete|append to config).*?'(.+?)'", str(error)):
         known = _known()
         if found[1] not in known:
-            return f"unknown key {found[1]}{config.meant(found[1], known)}"
+            more = ", or write +" + found[1] if found[1].startswith("optimizer.") else ""  # what its class takes besides
+            return f"unknown key {found[1]}{config.meant(found[1], known)}{more}"
         why = f" ({_first(error.__cause__)})" if error.__cause__ else ""
         return f"{found[1]} does not fit the options that are chosen{why}: leave it out, or choose another option"
+    if found := re.match(r"Ambiguous value for argument '(.+?)'", str(error)):
+        key = found[1].partition("=")[0]
+        return f"{found[1]}: several values are a sweep, python run.py -m ...; a list is written {key}=[a,b]"
     if str(error).startswith("Config group override must"):
-        groups = [word for word in job.words if re.fullmatch(r"[\w/]+=.*", word)]
-        return f"an option of a group is given by its name, as base=sgp: see {' '.join(groups)}"
+        groups = [word for word in job.words if (CONFIGS / word.partition("=")[0]).is_dir()]
+        return f"an option of a group is given by its name, as base=sgp, and none as outer=none: see {' '.join(groups)}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key + ': ' if error.full_key else ''}{_first(error)}"
     if isinstance(error, HydraException):
@@ -269,6 +273,8 @@ def reason(error: BaseException) -> str:
         if isinstance(error.__cause__, OmegaConfBaseException):
             lines[1:] = [f"({_first(error.__cause__)})"]
         return " ".join(lines[:2])
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; make room there, or give another folder (data.root=... for data, runs=... for runs)"
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 

@@ -150,10 +150,13 @@ def check(composed: Composed) -> None:
     for key in ("launch.name", "data.name"):
         if values[key] != known[key]:
             raise ValueError(f"{key}={values[key]}: choose {key.removesuffix('.name')}={values[key]}")
-    for name, least in (("workers", 1), ("checkpoint_every", 1), ("evaluate.every", 1), ("seed", -1), ("evaluate.keep", 0)):
+    for name, least in (("workers", 1), ("checkpoint_every", 1), ("evaluate.every", 1), ("evaluate.keep", 0)):
         _whole(name, OmegaConf.select(cfg, name), least)
+    _whole("seed", cfg.seed, -1, 2**31 - 1)  # fairseq's have 31 bits: beyond, two seeds would be one
     if cfg.cluster.threads is not None:
-        _whole("cluster.threads", cfg.cluster.threads)
+        _whole("cluster.threads", cfg.cluster.threads, most=1024)
+    if "unreadable" in cfg.get("data", {}):
+        _whole("data.unreadable", cfg.data.unreadable, 0)
     loggers.check(cfg)
     if (cfg.steps is None) == (cfg.epochs is None):
         raise ValueError("how long? give one of steps=K (inner steps) and epochs=E (passes over the training set), the other null")
@@ -247,6 +250,8 @@ def _like(key: str, value, default) -> None:
             return
 
 
-def _whole(name: str, value, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value}: a whole number >= {least}")
+def _whole(name: str, value, least: int = 1, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or most is not None and value > most:
+        said = f"from {least} to {most}" if most else f">= {least}"
+        dotted = ", written without a point or an exponent" * (isinstance(value, float) and value.is_integer())
+        raise ValueError(f"{name}={value}: a whole number {said}{dotted}")

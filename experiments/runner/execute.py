@@ -44,12 +44,12 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
         if error.errno is None:  # its words name the remedy
             raise
         kind = checkpoint.PeerError if isinstance(error, checkpoint.PeerError) else OSError
-        raise kind(f"{error}: when that is mended, the same command goes on from where it can") from None
+        raise kind(f"{error}: when that is mended, {_again(cfg)} goes on from where it can; or set runs=ANOTHER_FOLDER") from None
     except RuntimeError as error:
         if cluster.world_size == 1 or not _lost(error):
             raise
         reason = f"another process of this run has ended, or does not answer ({str(error).splitlines()[0]})"
-        print(f"error: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(f"error: {reason}; {_again(cfg)} goes on from the last checkpoint", file=sys.stderr, flush=True)
         return ALONE
     cluster.close()
     return code
@@ -151,7 +151,7 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
                 stopped_by[0], status = code, "stopped"
                 break
     if status == "stopped":
-        progress.say(f"{signal.Signals(stopped_by[0]).name}: saved at step {algorithm.steps}; the same command goes on from there")
+        progress.say(f"{signal.Signals(stopped_by[0]).name}: saved at step {algorithm.steps}; {_again(cfg)} goes on from there")
         return 128 + stopped_by[0]
     stopped_by[0], facts = 0, {}
     if status == "diverged":
@@ -167,6 +167,10 @@ def _execute(cfg: DictConfig, task, schedule, steps: int, path: Path, cluster: C
         progress.say(f"diverged {facts['diverged']}")
     progress.say(f"{status}: {path / 'result.json'}")
     return NAN if status == "diverged" else 0
+
+
+def _again(cfg: DictConfig) -> str:
+    return "the same command" + ", without resume=never," * (cfg.resume == "never")
 
 
 def _open(cfg: DictConfig, path: Path, cluster: Cluster, held: contextlib.ExitStack) -> tuple[dict | None, list[str]]:

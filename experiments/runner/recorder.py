@@ -97,7 +97,7 @@ class RunRecorder:
                     try:
                         save_model(model, str(aside))  # tied weights are written once
                     except SafetensorError as error:  # a full disk, say
-                        raise OSError(f"{self.path / name} could not be written: {error}") from error
+                        raise OSError(f"{self.path / name} could not be written ({error}): make room, then ask again") from error
                     os.chmod(aside, 0o666 & ~_umask())  # safetensors' own are for the owner alone
                     self.digests[name] = files.digest(aside)
         self.lost = [other for other in self.lost if other != name]

@@ -177,8 +177,9 @@ def _load(data) -> dict[str, np.ndarray]:
         # torchvision unpickles these files only after their checksums matched the published ones
         sets = [torchvision.datasets.CIFAR10(data.root, train=train) for train in (True, False)]
     except RuntimeError as error:
+        what = "CIFAR-10 is damaged or not whole" if (Path(data.root) / "cifar-10-batches-py").is_dir() else "no CIFAR-10"
         raise FileNotFoundError(
-            f"no CIFAR-10 under {data.root}: give the folder that holds cifar-10-batches-py with data.root=FOLDER, "
+            f"{what} under {data.root}: give the folder that holds cifar-10-batches-py with data.root=FOLDER, "
             "or download it with data.download=true (170 MB); data=photos needs neither"
         ) from error
     names = ("train", "validation")

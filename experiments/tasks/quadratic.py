@@ -23,7 +23,8 @@ class Quadratic(Task):
     def __init__(self, workers: int, seed: int, dtype: str, device: str, dimension: int = 16, spread: float = 1.0,
                  noise: float = 0.0, problem: str | None = None):  # fmt: skip
         if dimension < 1 or noise < 0 or not math.isfinite(spread):
-            raise ValueError(f"task: dimension={dimension} >= 1, noise={noise} >= 0 and a finite spread={spread} are needed")
+            given = f"task.dimension={dimension}, task.noise={noise}, task.spread={spread}"
+            raise ValueError(f"{given}: dimension >= 1, noise >= 0 and a finite spread are needed")
         self.seed, self.noise, self.fingerprint = seed % 2**63, noise, None
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self.origin = problem or "drawn from the seed"

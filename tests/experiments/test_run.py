@@ -550,6 +550,16 @@ def test_loaders_survive_the_signal_of_their_run(request, tmp_path):
     same_files(folder, expected, "checkpoints/step-000000011")
 
 
+def test_a_run_that_was_to_start_anew_goes_on_without_that_word(tmp_path):
+    done = command(*SGP, "resume=never", cwd=tmp_path, before=signal_at_step(13, signal.SIGTERM))
+    assert "saved at step 13; the same command, without resume=never, goes on from there" in done.out
+
+
+def test_a_round_that_never_ends_is_said(tmp_path):
+    done = command(*SGP, "outer=slowmo", "outer.tau=1000", "dry_run=true", cwd=tmp_path)
+    assert done.code == 0 and "end before outer.tau=1000" in done.out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals(number, straight, tmp_path):
     done = command(*SGP, cwd=tmp_path, before=signal_at_step(13, number))

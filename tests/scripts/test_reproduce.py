@@ -322,3 +322,19 @@ def test_what_was_not_published_cannot_be_run_again(checkout, monkeypatch, capsy
         with pytest.raises(SystemExit):
             rerun.main()
         assert remedy in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module, words, remedy", [
+    (reproduce, ["table1", "--seeds=0,-1"], "others are for tuning"), (reproduce, ["table1", "--seeds="], "whole numbers with commas"),
+    (reproduce, ["table1", "--jobs", "0"], "--jobs 0: at least 1"), (reproduce, ["table1", "--launcher", "foo"], "choose from"),
+    (reproduce, ["looks", "--most", "3"], "choose from"), (reproduce, ["table1", "--", "dry_run=true"], "a cell's own run is asked for"),
+    (reproduce, ["table1", "--", "seed=3"], "say that before --"), (tune, ["cifar10_small", "--seeds", "1,2"], "tune on others"),
+    (tune, ["cifar10_small", "--jobs", "0"], "--jobs 0: at least 1")])  # fmt: skip
+def test_what_is_asked_for_wrongly_is_refused(module, words, remedy, script):
+    code, _, said = script(module, *words)
+    assert code == 2 and remedy in said
+
+
+def test_words_that_give_runs_other_names_are_named(script):
+    code, _, said = script(reproduce, "table1", "--seeds", "1", "--dry-run", "--", "steps=12", "data.root=elsewhere")
+    assert code == 0 and "-- steps=12 gives runs other names" in said and "data.root" not in said

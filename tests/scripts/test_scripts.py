@@ -95,6 +95,9 @@ def test_compare_says_what_is_wrong(tmp_path, compare):
     assert "python run.py experiment=" in compare(tmp_path)[0]
     assert "usage: compare.py" in compare("--help")[1] and "usage:" in compare()[2]
     result(tmp_path / "a", "x_sgp", 51.0)
+    assert "no folder nowhere" in compare(tmp_path / "a", "nowhere")[2]
+    assert f"{tmp_path} is a folder" in compare(tmp_path / "a", "--picture", tmp_path)[2]
+    assert "no picture at /proc/x/y.png" in compare(tmp_path / "a", "--picture", "/proc/x/y.png")[0]
     (tmp_path / "a/result.json").write_text("{")
     assert f"{tmp_path}/a is damaged" in compare(tmp_path)[0]
 
@@ -104,6 +107,16 @@ def test_exporting_what_is_no_run_names_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="holds 0 averaged models: name a run's folder"):
         runpy.run_path(str(ROOT / "scripts/export_fairseq.py"), run_name="__main__")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/step-000000001.safetensors").touch()
+    (tmp_path / "config.yaml").write_text("task: {name: quadratic}\n")
+    with pytest.raises(SystemExit, match="is no run of task=wmt16"):
+        runpy.run_path(str(ROOT / "scripts/export_fairseq.py"), run_name="__main__")
+
+
+def test_a_quickstart_that_only_plans_draws_nothing():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/quickstart.py"), "dry_run=true"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("slow steps") >= 2 and not done.stderr
 
 
 def test_the_quickstart_ends_in_a_table_and_a_picture(tmp_path):

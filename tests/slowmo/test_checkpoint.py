@@ -165,6 +165,18 @@ def test_what_was_not_finished_does_not_count(tmp_path):
     assert load(tmp_path) == (5, []) and os.listdir(tmp_path) == ["step-000000005"]
 
 
+def test_what_could_not_be_written_leaves_room(tmp_path, monkeypatch):
+    save(tmp_path, steps=(5,))
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device.*step-000000006.partial"):
+        save(tmp_path, steps=(6,))
+    assert os.listdir(tmp_path) == ["step-000000005"]
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 128
