@@ -297,5 +297,9 @@ def test_cost_is_judged_on_links():
     alone = [facts | {"row": "slowmo_sgp_after", "round": k, "milliseconds": 140.0 + k} for k in range(3)]  # its base was sent otherwise
     again = claims.on_links(pd.concat([made, pd.DataFrame(alone)]).assign(delay="0.5ms"))
     assert again.iloc[0]["evidence"] == same["evidence"] and set(again["data"]) == {"imagenet on links, 8 hosts, 0.5ms"}
+    slow = made.assign(bytes=2e6, emulated=True, warmup=4, iterations=48, milliseconds=made["milliseconds"] * 100)
+    slow = claims.on_links(pd.concat([slow, slow[slow["row"] == "osgp"].assign(row="compute")]))
+    # AllReduce after backward takes far longer than the model: cores that all hosts share make it slow, and nothing is judged by it
+    assert [text.endswith("both during backward") for text in slow["claim"]] == [False, True]
     apart = claims.markdown(judged.reset_index())
     assert apart.count("| claim |") == 1 and claims.on_links(made[:0]).empty
