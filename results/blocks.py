@@ -86,7 +86,7 @@ def pairs(data: str, runs: Runs) -> str:
         claim = judged[(judged["data"] == data) & judged["claim"].str.startswith("SlowMo") & judged["claim"].str.endswith(f" of {label}")]
         claim = claim[claim["claim"].str.contains("lowers" if not own.more else "raises")]
         rows.append([*row, change.removesuffix("; "), paper, *(claim["verdict"] if len(claim) else [""])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{tables.RULES[True]}\n"
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def status(runs: Runs) -> str:

@@ -343,17 +343,18 @@ def heading(title: str) -> str:
     return title
 
 
-def markdown(table: Table, found: pd.DataFrame, ruled: bool = True) -> str:
-    """ruled: with how its numbers are made."""
+def markdown(table: Table, found: pd.DataFrame) -> str:
+    """Without how its numbers are made, which the page says once."""
     text = format_cells(table, found)
     head = [heading(title) for title in text.columns]
     lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *map(list, text.itertuples(index=False))]]
-    return "\n".join([*lines, "", *([under, ""] if (under := rule(table, found, ruled)) else [])])
+    return "\n".join([*lines, "", *([under, ""] if (under := rule(table, found, ruled=False)) else [])])
 
 
 def rule(table: Table, found: pd.DataFrame, ruled: bool = True) -> str:
     """What stands under a table: how its numbers are made, and what fills its empty cells."""
-    said = [RULES[table.data in SMALL] if "ours_n" not in found else f"{MEASURED}; ours: the runs published with this suite."] * ruled
+    yours = "ours_n" in found
+    said = [f"{MEASURED}; ours: the runs published with this suite."] if yours else [RULES[table.data in SMALL]] * ruled
     if (found["n"] == 0).any():
         said.append(f"–: `python scripts/reproduce.py {table.key} --data {table.data}`.")
     return " ".join(said)
@@ -424,7 +425,7 @@ def main(store: Store, published_runs: Runs | None = None) -> None:
         part = [(table, found) for table, found in some if (table.data in SMALL) == small]
         text += [f"{'Stand-ins' if small else 'The paper’s data'}: {RULES[small]}", ""] * bool(part)
         for table, found in part:
-            text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found, ruled=False)]
+            text += [f"## {table.title}: {TITLES[table.data]}", "", markdown(table, found)]
     save(out / "tables.md", "\n".join([*text, status(made)]))
     save(out / "tables.tex", "\n".join(latex(table, found) for table, found in some))
     save(out / "tables.csv", pd.concat([found for _, found in made]).to_csv(index=False, float_format="%.6g"))
