@@ -169,14 +169,14 @@ def sweep(data: str, key: str) -> list[tuple]:
 
 def joint(slow: str) -> list[tuple[str, str]]:
     """(label, run) of α, and of β, around their defaults, at the tuned learning rate and a factor of √3 to both sides."""
-    tuned, rows = experiment(slow)["optimizer"]["lr"], []
-    for rate in (float(f"{tuned * 3**power:.2g}") for power in (-0.5, 0, 0.5)):
+    tuned, rows = experiment(slow)["optimizer"]["lr"], {}
+    for rate in (float(f"{tuned / 3**0.5:.2g}"), tuned, float(f"{tuned * 3**0.5:.2g}")):
         faster = () if rate == tuned else (f"optimizer.lr={rate:g}",)
         for own in ({}, {"alpha": 0.5}, {"alpha": 1.5}, {"beta": 0.4}, {"beta": 0.8}):
             name, words = RunId.parse(run_name(slow, **own))
             alpha, beta = (own.get(key, default(slow, key)) for key in ("alpha", "beta"))
-            rows.append((f"γ = {rate:g}, α = {alpha:g}, β = {beta:g}", str(RunId(name, (*faster, *words)))))
-    return rows
+            rows[str(RunId(name, (*faster, *words)))] = f"γ = {rate:g}, α = {alpha:g}, β = {beta:g}"
+    return [(label, run) for run, label in rows.items()]
 
 
 @functools.cache

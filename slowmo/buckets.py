@@ -60,7 +60,7 @@ class Segment:
         self._homes: list[int] = []  # addresses of the gradients
         self._shown: set[int] = set()  # numbers of the members of another dtype whose .grad is a copy of the mean
         self._clean, self._taken = self.grad._version, False
-        self._arrived: set[int] = set()  # members whose gradient is known to have come since they were zeroed, by id
+        self.arrived = False  # that a gradient has come since they were zeroed is known from a hook or from who put it there
 
     def adopt(self, row: int, parameters: list[torch.nn.Parameter]) -> None:
         """Make these parameters, of one worker's model, views of `row`. Those of another dtype stay as they are: see `written`."""
@@ -89,8 +89,6 @@ class Segment:
 
     def gather_grads(self) -> None:
         """Bring home gradients that are not views: those of another dtype, and those that the user replaced or took away."""
-        if not self.has_gradient and bool(self.grad.any()):
-            increment_version([self.grad])  # written behind torch's back: p.grad.data.copy_(...), p.grad.numpy()
         written, found = self.has_gradient, False
         for k, (p, x, g) in enumerate(self.members):
             shown = k in self._shown
@@ -98,8 +96,7 @@ class Segment:
                 row, place = divmod(k, len(self.places))
                 home = self.places[place].of(self.grad, row)
                 self.members[k] = p, x, home
-                found = True
-                self.mark_arrived(p)
+                found = self.arrived = True
                 home.copy_(g)
                 p.grad = g = home
             elif p.grad is g or shown and p.grad is not None and torch.equal(p.grad, g.to(p.dtype)):  # as it was shown
@@ -112,8 +109,7 @@ class Segment:
             elif p.grad.layout != torch.strided:
                 raise ValueError("a gradient is sparse: build the layer with sparse=False, rows are dense")
             else:
-                found = True
-                self.mark_arrived(p)
+                found = self.arrived = True
                 g.copy_(p.grad) if p.dtype == g.dtype or shown else g.add_(p.grad)
             if p.grad is not g:
                 p.grad = g if p.dtype == g.dtype else None
@@ -133,20 +129,15 @@ class Segment:
         """Whether anything was written to the gradients since they were zeroed: a view's write counts for its block."""
         return self.grad._version != self._clean
 
-    def mark_arrived(self, *parameters: torch.Tensor) -> None:
-        """A gradient of these has come: known from a hook, or from who put it there. Default: of all."""
-        self._arrived.update(id(p) for p in parameters or (member[0] for member in self.members))
+    def notice_grads(self) -> None:
+        """Before a step: gradients that were written behind torch's back, p.grad.data.copy_(...) or p.grad.numpy()[:] = ..., count."""
+        if not self.has_gradient and not self.grad.is_meta and bool(self.grad.any()):
+            increment_version([self.grad])
 
     @property
     def reached(self) -> bool:
         """Whether a gradient has come: a clip writes to zeros, too."""
-        return self.has_gradient and (bool(self._arrived) or bool(self.grad.any()))
-
-    def hide_missing(self) -> None:
-        """Until `zero_grads` a parameter that no gradient has come for has none, as in torch."""
-        for p, _, g in self.members:
-            if id(p) not in self._arrived and not (self.has_gradient and bool(g.any())):
-                p.grad, self._taken = None, True
+        return self.has_gradient and (self.arrived or bool(self.grad.any()))
 
     def take_grads(self) -> None:
         """From here to `zero_grads` nobody sees the gradients: their memory is the inbox of a message."""
@@ -166,8 +157,7 @@ class Segment:
         if self._taken:
             for p, x, g in self.members:
                 p.grad = g if p.dtype == x.dtype else None
-        self._clean, self._taken = self.grad._version, False
-        self._arrived.clear()
+        self._clean, self._taken, self.arrived = self.grad._version, False, False
 
     def used(self, block: torch.Tensor) -> list[torch.Tensor]:
         """What parameters take of a block, `[n or 1, numel]` each: between them an optimizer without ε divides 0 by 0."""
@@ -245,7 +235,7 @@ def start_mean(bucket: Bucket, cluster: Cluster, count: int, inside: bool) -> Pe
     for segment in bucket.segments:
         part = segment.grad[0] if len(segment.grad) == 1 else segment.grad.sum(0)
         part.div_(count)  # now, while backward still runs
-        segment.mark_arrived()  # on some rank perhaps: all do the same
+        segment.arrived = True  # on some rank perhaps: all do the same
         parts.append(part)
         waits.append(cluster.all_reduce(part, inside=inside, wait=False))
 
@@ -382,6 +372,7 @@ class Handover:
     def _send(self) -> None:
         bucket = self.buckets[self.first_unsent]
         for segment in bucket.segments:
+            segment.notice_grads()
             segment.gather_grads()
         self.waits.append(self.reduce(bucket) if self.reduce else Pending())
         self.first_unsent += 1

@@ -7,8 +7,6 @@ a tensor. Else the optimizer (Muon, LARS, Adafactor, ...) steps the model's own 
 needs a rank of its own.
 """
 
-import collections
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -84,9 +82,9 @@ class SegmentOptimizer:
     skip_missing = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
-        self.optimizer, self.replicas, self.counters = optimizer, replicas, GroupCounters(optimizer, replicas)
+        self.optimizer, self.replicas, self._fills = optimizer, replicas, fills(optimizer)
+        self.counted: set[str] = set()
         self.state = type(optimizer.state)(dict)
-        self._fills = bool(optimizer.state)  # perhaps when it is built
         self.twins: list[torch.optim.Optimizer] = []
         for bucket in replicas.buckets:
             groups = [
@@ -102,25 +100,26 @@ class SegmentOptimizer:
 
     def pull(self) -> None:
         """Take learning rates, momenta, ... from the user's groups."""
-        self.counters.step_begins()
         for twin, numbers, pulled in zip(self.twins, self._groups, self._pulled):
             for k, (mine, number) in enumerate(zip(twin.param_groups, numbers)):
                 pulled[k] = {k: v for k, v in self.optimizer.param_groups[number].items() if k != "params"}
-                for key in mine.keys() - pulled[k].keys() - {"params"}:  # a counter that was taken back
-                    del mine[key]
                 mine.update(pulled[k])
 
     def push(self) -> None:
         """Give back what a step has counted in groups, and no more: the user may have changed the rest since `pull`."""
         for twin, numbers, pulled in zip(reversed(self.twins), reversed(self._groups), reversed(self._pulled)):
             for mine, number, before in zip(twin.param_groups, numbers, pulled):
-                self.optimizer.param_groups[number].update(self.counters.counted(number, before, mine))
+                changed = {k: v for k, v in mine.items() if k != "params" and not (k in before and before[k] is v)}
+                self.optimizer.param_groups[number].update(changed)
 
     def step(self, bucket: Bucket) -> None:
         """Step a bucket's segments."""
         for segment in bucket.segments:
             segment.x.grad = segment.grad if not self.skip_missing or segment.reached else None
-        self.twins[bucket.index].step()
+        twin = self.twins[bucket.index]
+        before = [noted(group) for group in twin.param_groups]
+        twin.step()
+        self.counted.update(*map(counted, before, twin.param_groups))
 
     def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
         """The state of a segment that is per element, `[n, d]` by name (momentum_buffer, exp_avg, ...)."""
@@ -128,7 +127,6 @@ class SegmentOptimizer:
 
     def reset(self, segment: Segment) -> None:
         """As if the optimizer had never stepped."""
-        self.counters.reset(segment)
         group = self.optimizer.param_groups[segment.group]
         kind, state = type(self.optimizer), self.state.get(segment.x)
         if state is None:
@@ -139,8 +137,8 @@ class SegmentOptimizer:
                     value.zero_()
         else:
             del self.state[segment.x]
-            if self._fills and (found := as_built(self.optimizer, group, segment.x)):
-                self.state[segment.x] = found
+            if self._fills:
+                self.state[segment.x] = as_built(self.optimizer, group, segment.x)
 
     def average(self, segment: Segment) -> None:
         """Average what is per element over all workers; counters are the same everywhere and stay."""
@@ -240,25 +238,23 @@ class WholeOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
         self.optimizer, self.replicas, self.whole = optimizer, replicas, Bucket(0, replicas.segments)
-        self.counters, self._fills = GroupCounters(optimizer, replicas), bool(optimizer.state)  # perhaps when it is built
+        self.counted, self._fills = set[str](), fills(optimizer)
         if any(p.dtype != x.dtype for segment in replicas.segments for p, x, _ in segment.members):
             raise ValueError(f"{type(optimizer).__name__} is not elementwise and cannot step master weights: give all parameters one dtype")
 
     def pull(self) -> None:
         """The groups are the user's own."""
-        self.counters.step_begins()
 
-    def push(self) -> None:
-        """`step` has counted in them."""
+    push = pull
 
     def step(self, bucket: Bucket) -> None:
         """Step all: the bucket is `whole`."""
-        for segment in bucket.segments if self.skip_missing else ():
-            segment.hide_missing()
-        before = [dict(group) for group in self.optimizer.param_groups]
+        for segment in bucket.segments:
+            if self.skip_missing and not segment.reached:
+                segment.take_grads()
+        before = [noted(group) for group in self.optimizer.param_groups]
         type(self.optimizer).step(self.optimizer)
-        for number, (group, values) in enumerate(zip(self.optimizer.param_groups, before)):
-            self.counters.counted(number, values, group)
+        self.counted.update(*map(counted, before, self.optimizer.param_groups))
 
     def blocks(self, segment: Segment) -> dict[str, torch.Tensor]:
         """Of the segment's first parameter."""
@@ -266,11 +262,10 @@ class WholeOptimizer:
         return {k: v for k, v in self.optimizer.state.get(p, {}).items() if per_element(k, v, p)}
 
     def reset(self, segment: Segment) -> None:
-        self.counters.reset(segment)
         for p, _, _ in segment.members:
             self.optimizer.state.pop(p, None)
-            if self._fills and (found := as_built(self.optimizer, self.optimizer.param_groups[segment.group], p)):
-                self.optimizer.state[p] = found
+            if self._fills:
+                self.optimizer.state[p] = as_built(self.optimizer, self.optimizer.param_groups[segment.group], p)
 
     def average(self, segment: Segment) -> None:
         cluster, mine = self.replicas.cluster, {}
@@ -301,50 +296,32 @@ class WholeOptimizer:
                     self.optimizer.state[p] = {key: value.clone() for key, value in found}
 
 
-class GroupCounters:
-    """What an optimizer counts in its groups and not in its states, so that a reset can take it back when all of a group is reset."""
+def counted(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """Which values of a group a step has changed, in place too: `before` is of `noted`. A rate is none of the optimizer's state."""
+    return {k for k, (value, version) in noted(after).items() if k != "lr" and (k not in before or before[k] != (value, version))}
 
-    def __init__(self, optimizer: torch.optim.Optimizer, replicas: Replicas):
-        self.optimizer = optimizer
-        # what had stepped when it was wrapped was built with its defaults
-        self._first = [dict(optimizer.defaults if optimizer.state else group) for group in optimizer.param_groups]
-        self._counted: list[set[str]] = [set() for _ in optimizer.param_groups]
-        self._segments = collections.Counter(segment.group for segment in replicas.segments)
-        self._reset: collections.Counter[int] = collections.Counter()  # segments of each group since the step began
 
-    def step_begins(self) -> None:
-        self._reset.clear()
-
-    def counted(self, number: int, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """What a step has changed in the group of this number."""
-        changed = {k: v for k, v in after.items() if k != "params" and not (k in before and before[k] is v)}
-        self._counted[number].update(changed)
-        return changed
-
-    def reset(self, segment: Segment) -> None:
-        """With the last segment of a group its counters are as before the first step."""
-        number = segment.group
-        self._reset[number] += 1
-        if self._reset[number] == self._segments[number]:
-            group, first = self.optimizer.param_groups[number], self._first[number]
-            for key in self._counted[number]:
-                group.pop(key, None)
-                if key in first:
-                    group[key] = copy.deepcopy(first[key])
+def noted(group: dict[str, Any]) -> dict[str, tuple[Any, int]]:
+    """The values of a group, each with the version of a tensor."""
+    return {k: (id(v), v._version) if isinstance(v, torch.Tensor) else (v, 0) for k, v in group.items() if k != "params"}
 
 
 def as_built(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
-    """The state that the optimizer's class gives p when it is built, as torch's Adagrad does.
-
-    RuntimeError for a class that cannot be built from its defaults and a group.
-    """
+    """The state that the optimizer's class gives p when it is built, as torch's Adagrad does."""
     kind = type(optimizer)
     words = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(kind).parameters}
+    return kind([{k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": [p]}], **words).state.get(p, {})
+
+
+def fills(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters have a state before the first step. A class that cannot be built again is taken for one whose have not."""
+    group = next((group for group in optimizer.param_groups if group["params"]), None)
+    if group is None or not optimizer.state:
+        return False
     try:
-        fresh = kind([{k: v for k, v in group.items() if k not in ("params", "param_names")} | {"params": [p]}], **words)
-    except Exception as error:
-        raise RuntimeError(f"buffers='reset' builds {kind.__name__} anew, which fails: {error}. Choose buffers='maintain'") from error
-    return fresh.state.get(p, {})
+        return bool(as_built(optimizer, group, group["params"][0]))
+    except Exception:
+        return False
 
 
 def _same(name: str, key: str, value: Any, neighbours: Any) -> None:

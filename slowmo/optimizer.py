@@ -111,11 +111,13 @@ class SlowMo(torch.optim.Optimizer):
         """
         if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError("the model is wrapped in DistributedDataParallel, which averages gradients every step: train the bare one")
-        if not any(p.requires_grad for p in self._stands_in_for) or self.replicas.replaced():
-            return  # a discriminator, while its generator learns; functional_call with other tensors, or `step` will say what is wrong
+        if not any(p.requires_grad for p in self._stands_in_for):
+            return  # a discriminator, while its generator learns
         if self._evaluating:
             raise RuntimeError("a training forward pass inside averaged(): call model.eval(), or take its gradients outside")
         base, handover = self.algorithm.base, self.algorithm.base.handover
+        if not (base.started and self.steps) and self.replicas.replaced():
+            return  # by functional_call; or for good, and `step` will say so
         gradients = [segment.grad._version for segment in self.replicas.segments]
         if base.started and not self.steps and gradients == self._at_start and self.replicas.check():
             base.drop()  # weights were loaded after a forward pass that nothing followed

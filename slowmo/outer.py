@@ -63,6 +63,11 @@ class Average:
             self.start()
         slow, fragment = self.due, self.fragment
         self.base.step()
+        if self.buffers == "reset" and (names := self.base.inner.counted):
+            raise RuntimeError(
+                f"{type(self.base.optimizer).__name__} counts in its parameter groups ({', '.join(sorted(names))}), which buffers='reset' "
+                "would leave as they are, beside states that begin anew: choose buffers='maintain'"
+            )
         if slow and before_average:
             before_average()
         for segment in self.replicas.segments if slow else ():

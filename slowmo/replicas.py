@@ -159,7 +159,7 @@ class Replicas:
 
             def hook(p: torch.Tensor, seen: "weakref.ref[Segment]" = seen) -> None:
                 if (found := seen()) is not None:
-                    found.mark_arrived(p)
+                    found.arrived = True
 
             for p, _, _ in segment.members:
                 p.register_post_accumulate_grad_hook(hook)

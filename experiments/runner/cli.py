@@ -10,6 +10,7 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
 import os
 import re
 import signal
@@ -274,7 +275,9 @@ def reason(error: BaseException) -> str:
             lines[1:] = [f"({_first(error.__cause__)})"]
         return " ".join(lines[:2])
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}; make room there, or give another folder (data.root=... for data, runs=... for runs)"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room there" if full else "data.root and runs are folders that can be written"
+        return f"{error.filename}: {error.strerror}; {remedy}"
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 

@@ -647,7 +647,7 @@ def test_schedule_free_steps_as_it_is_and_its_swaps_are_seen():
     for ours in (True, False):
         model = _matrices()
         inner = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.01, foreach=False)
-        optimizer = slowmo.SlowMo(model, inner, tau=10**6) if ours else inner
+        optimizer = slowmo.SlowMo(model, inner, tau=10**6, buffers="maintain") if ours else inner
         inner.train()
         for step in range(6):
             optimizer.zero_grad()
