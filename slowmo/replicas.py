@@ -43,7 +43,7 @@ class Replicas:
         trained = [p for _, p in named]
         dtype = dtype or _widest(trained)
         if not isinstance(num_fragments, int) or num_fragments < 1:
-            raise ValueError(f"num_fragments={num_fragments}: a whole number >= 1")
+            raise ValueError(f"num_fragments={num_fragments}: the number of fragments is a whole number >= 1")
         if not bucket_cap_mb > 0 or accumulate < 1:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb} and accumulate={accumulate}: a positive size, and at least one backward pass")
         if _owned(model):

@@ -320,7 +320,7 @@ def test_streaming_refuses_what_it_cannot_do():
         build(task, 2, "sgp", adam, lambda base: Streaming(base, 4))
     with pytest.raises(ValueError, match="exact=true"):
         build(task, 2, "local_sgd", adam, lambda base: Streaming(base, 4, exact=False))
-    with pytest.raises(ValueError, match="num_fragments=0 is a whole"):
+    with pytest.raises(ValueError, match="num_fragments=0: the number of"):
         streaming(task, 2, num_fragments=0)
 
 
