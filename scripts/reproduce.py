@@ -62,7 +62,7 @@ def main() -> int:
         key = word.lstrip("+~").partition("=")[0]
         if key in ("seed", "dry_run", "runs", "experiment"):
             parser.error(f"-- {word}: say that before --" if key == "seed" else f"-- {word}: a cell's own run is asked for")
-        if not f"{key}.".startswith(IGNORED_KEYS) and not key.startswith(IGNORED_KEYS):
+        if not f"{key}.".startswith(IGNORED_KEYS):
             print(f"-- {word} gives runs other names: no table of these shows them", file=sys.stderr)
     data, ended = DATA[options.data], []
     if not options.launcher.startswith("slurm"):

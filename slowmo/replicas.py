@@ -95,7 +95,7 @@ class Replicas:
         frozen: not for those that are frozen or freed.
         """
         parameters = list(self.models[0].parameters())
-        if self.replaced() or not all(segment.in_place() for segment in self.segments):
+        if self.replaced(parameters) or not all(segment.in_place() for segment in self.segments):
             raise RuntimeError(
                 "a parameter was moved, cast, added or replaced after it was wrapped, training would do nothing: change the model "
                 "(to(...), double(), a new layer, load_state_dict(assign=True)) before wrapping it, and wrap model and optimizer anew after"
@@ -104,9 +104,9 @@ class Replicas:
             raise RuntimeError("a parameter was frozen or freed after it was wrapped: wrap model and optimizer anew")
         return self._versions is not None and self._versions != self._now()
 
-    def replaced(self) -> bool:
-        """Whether the first model has other parameters than it had, for a while (torch.func.functional_call) or for good."""
-        return [id(p) for p in self.models[0].parameters()] != self._parameters
+    def replaced(self, parameters: Iterable[torch.nn.Parameter] | None = None) -> bool:
+        """Whether the first model has other parameters (as they are now) than it had, for a while (functional_call) or for good."""
+        return [id(p) for p in parameters or self.models[0].parameters()] != self._parameters
 
     def remember(self) -> None:
         """The parameters are as the algorithm left them."""
