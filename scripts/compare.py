@@ -5,12 +5,15 @@ python scripts/compare.py runs/cifar10_small_sgp runs/cifar10_small_slowmo_sgp [
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments import files  # noqa: E402
 
 METRICS = {"train_loss": ("training loss", 3), "accuracy": ("accuracy", 2), "nll": ("NLL", 3)}
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.:-=+*#"
@@ -113,11 +116,10 @@ def draw(lines: list[dict], path: Path) -> None:
         axis.set(xlabel="steps", ylabel=METRICS[metric][0])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    aside = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png", dpi=150)
-        os.replace(aside, path)
+        with files.aside(path) as name:
+            figure.savefig(name, format="png", dpi=150)
     except OSError as error:
         sys.exit(f"error: no picture at {path}: {error.strerror}")
     pyplot.close(figure)
