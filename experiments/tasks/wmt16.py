@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 
+from experiments.data import libreoffice
 from experiments.runner.run_dir import load_model
 from experiments.tasks.amp import HalfPrecision
 
@@ -50,8 +51,8 @@ with _undisturbed():
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 # entries of the joint dictionary, and tokens of a pass over the training set, padding included. WMT16: fairseq's scaling_nmt recipe
-# (--nwordssrc 32768), and the paper's 25 epochs in about 17,000 steps of 64 x 3584 tokens; LibreOffice: 7.4's packages with 4000 merges
-SIZES = {"wmt16": (32_768, 680 * 64 * 3584), "libreoffice": (4_232, 1877 * 512)}
+# (--nwordssrc 32768), and the paper's 25 epochs in about 17,000 steps of 64 x 3584 tokens; LibreOffice: 7.4's packages
+SIZES = {"wmt16": (32_768, 680 * 64 * 3584), "libreoffice": (2_152, 984 * 256)}
 REMEDY = ("make it from Google's archive with scripts/prepare_wmt16.sh (its head says where that is) and give its data-bin with "
           "data.root=FOLDER")  # fmt: skip
 
@@ -273,8 +274,6 @@ class WMT16(HalfPrecision):
     @functools.cached_property
     def root(self) -> Path:
         if self.data.name == "libreoffice":
-            from experiments.data import libreoffice
-
             return libreoffice.make(self.data.root, self.data.vocabulary, self.data.packages)
         root = Path(self.data.root)
         if not _binarised(root):
@@ -299,6 +298,7 @@ def _made(data) -> Path | None:
     """The folder of LibreOffice's texts of this vocabulary, of whichever packages; None where they have not been made."""
     for path in sorted(Path(data.root).glob("libreoffice-*/about.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if json.loads(path.read_text())["vocabulary"] == data.vocabulary:
+            made = json.loads(path.read_text())
+            if (made["recipe"], made["vocabulary"]) == (libreoffice.RECIPE, data.vocabulary):
                 return path.parent / "data-bin"
     return None

@@ -299,7 +299,7 @@ def test_the_plan_is_for_people(tmp_path):
     "name, steps, parameters, data",
     [
         ("wmt16_slowmo_sgp", "17,000", "209,911,808", "not there: no binarised WMT16 under data/wmt16/data-bin; .*"),
-        ("wmt16_small_slowmo_sgp", "3,600", "1,204,224", "not there: made under data .*"),
+        ("wmt16_small_slowmo_sgp", "1,440", "937,984", "not there: made under data .*"),
     ],
 )
 def test_plans_need_no_texts(name, steps, parameters, data, tmp_path):
