@@ -204,11 +204,12 @@ def _seal(result: dict, digests: dict) -> str:
 
 
 def commit() -> str | None:
-    """The repository's commit, with `+` when tracked files differ from it, lists of results apart; None outside a repository."""
+    """The repository's commit, with `+` when tracked files differ from it, what publishing writes apart; None outside a repository."""
     root = Path(__file__).parents[1]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        tracked = ["git", "status", "--porcelain", "-uno", ":(exclude)results/data"]
+        written = [f":(exclude){path}" for path in ("results/data", "results/figures", "results/tables", "docs", "*.md")]
+        tracked = ["git", "status", "--porcelain", "-uno", *written]
         dirty = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
