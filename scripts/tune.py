@@ -34,7 +34,7 @@ from results.store import MINE, PUBLISHED, RunId, save  # noqa: E402
 from results.tables import LOSS_TIERS, SMALL, TEXT, table1  # noqa: E402
 
 RATES = {number: float(f"{0.1 * 3 ** (number / 2):.2g}") for number in range(-8, 9)}  # 0.1, 0.17, 0.3, ...
-TEXT_RATES = {number: float(f"{0.001 * 3 ** (number / 2):.2g}") for number in range(-4, 7)}
+TEXT_RATES = {number: float(f"{0.003 * 3 ** (number / 2):.2g}") for number in range(-6, 5)}
 BETAS = dict(enumerate([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]))
 START = {"lr": (0, 2), "beta": (2, 5)}  # the first grid, by number
 WITH_TUNING_PICTURES = ("cifar10_small", "cifar10_small_loss", "imagenet_small")
