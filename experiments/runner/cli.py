@@ -253,7 +253,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_option(error.missing_cfg_file.split("/"), error.options or [])
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r} ({_first(error)}): write key=value, quote special characters: \"key='a b'\""
+        home = "your home folder is $HOME, " * ("=~" in error.override)
+        return f"cannot read {error.override!r} ({_first(error)}): {home}write key=value, quote special characters: \"key='a b'\""
     if found := re.match(r"Could not (?:override|delete|append to config).*?'(.+?)'", str(error)):
         known = _known()
         if found[1] not in known:

@@ -137,6 +137,8 @@ def check(composed: Composed) -> None:
         if key not in known and key not in parameters:
             raise ValueError(f"unknown key {key}{meant(key, [*known, *parameters])}")
         value = _resolved(cfg, key, values[key])
+        if isinstance(value, str) and re.match(r"~\w*(/|$)", value):
+            raise ValueError(f"{key}={value}: no shell has put a folder in place of ~, write {key}=$HOME{value[1:]}")
         if key == "optimizer.lr" and isinstance(value, NUMBER) and not 0 < value < math.inf:
             raise ValueError(f"optimizer.lr={value}: a learning rate is a positive number")
         if key not in ("cluster.vectorize", "cluster.graph"):  # a truth value or something else

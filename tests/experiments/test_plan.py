@@ -66,6 +66,8 @@ def match(text: str, pattern: str) -> None:
         (("base=3",), "given by its name.*base=3"),
         (("outer.beta=[",), r"cannot read 'outer.beta=\['"),
         (("base/graph=rng", "base=sgp"), "no base/graph=rng: choose one of complete, .*did you mean ring"),
+        (("runs=~/runs",), r"cannot read 'runs=~/runs'.* your home folder is \$HOME"),
+        (("runs='~/runs'",), r"runs=~/runs: .*write runs=\$HOME/runs"),
         (("outer=none", "outer.beta=0.4"), "outer.beta does not fit the options that are chosen"),
         (("+optimizer.betas=[0.9,0.99]",), "unknown key optimizer.betas"),  # Adam's, to SGD
         (("optimizer=adam", "+optimizer.momentum=0.9"), "unknown key optimizer.momentum"),
