@@ -120,6 +120,7 @@ class Tuner:
                      "runs=trials", f"launch={self.options.launcher}"]  # fmt: skip
             words += [f"outer.beta={','.join(map(str, betas))}"] if betas else []
             words += ["data.heldout=tuning"] if self.options.data in WITH_TUNING_PICTURES else []
+            words += ["task.bleu.subsets=[]"] if self.options.data in TEXT else []  # beam search costs, and decides nothing here
             words += ["launch.wait=true"] if self.options.launcher.startswith("slurm") else []
             done = subprocess.run([sys.executable, "run.py", "-m", *words, *self.extra], cwd=ROOT, capture_output=True, text=True)
             if done.returncode not in (0, 3):  # 3: a trial diverged, which is an answer
@@ -139,7 +140,8 @@ class Tuner:
         lines = []
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
             run = RunId.parse(path.parts[-3])
-            others = {word for word in run.overrides if word.partition("=")[0] not in ("optimizer.lr", "outer.beta", "data.heldout")}
+            own = ("optimizer.lr", "outer.beta", "data.heldout", "task.bleu.subsets")
+            others = {word for word in run.overrides if word.partition("=")[0] not in own}
             tuning = self.options.data not in WITH_TUNING_PICTURES or "data.heldout=tuning" in run.overrides
             if run.experiment != experiment or not tuning or others - set(self.extra):  # another trial's
                 continue

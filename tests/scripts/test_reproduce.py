@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[2]
 TINY = ("workers=2", "steps=2", "task.batch_size=8", "task.width=2", "data.train=64", "data.validation=20", "evaluate.every=2")
 
 
-def ended(folder, experiment, accuracy, seed=1, status="done", **config):
+def ended(folder, experiment, value, seed=1, status="done", metric="accuracy", **config):
     """A run's folder as a run leaves it, as far as collecting reads it."""
     config = {"seed": seed, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {}, "outer": {}} | config
-    row = {"step": 600, "epoch": 1.0, "seconds": 60.0, "accuracy": accuracy, "train_loss": 1.0}
+    row = {"step": 600, "epoch": 1.0, "seconds": 60.0, metric: value, "train_loss": 1.0}
     result = {"status": status, "seed": seed, "step": 600, "experiment": experiment, "processes": 1, "commit": "c",
               "seconds_per_iteration": 0.1, "hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2"},
-              "best": {name: {"value": row[name], "step": 600} for name in ("accuracy", "train_loss")},
+              "best": {name: {"value": row[name], "step": 600} for name in (metric, "train_loss")},
               "last": None if status == "diverged" else row}  # fmt: skip
     folder.mkdir(parents=True)
     for name, text in (("config.yaml", config), ("result.json", result), ("metrics.jsonl", row)):
@@ -259,6 +259,26 @@ def test_trials_are_run_on_pictures_of_their_own_and_one_that_fails_stops_its_ba
     assert "sgp: lr 0.17, β of SlowMo 0.6" in out and "ar_sgd: lr 0.17\n" in out
     assert all({"data.heldout=tuning", "data.root=there", "seed=0,-1", "runs=trials"} <= set(words) for words in asked)
     assert not any(word.startswith(("steps=", "epochs=")) for words in asked for word in words)  # full length
+
+
+def test_trials_of_texts_translate_nothing(checkout, script, monkeypatch):
+    """They are judged by their NLL."""
+    asked = []
+
+    def run(words, **_):
+        asked.append(words)
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        for rate, beta, seed in itertools.product(facts["optimizer.lr"].split(","), facts.get("outer.beta", "").split(","), (0, -1)):
+            config = {"optimizer": {"lr": float(rate)}, "outer": {"beta": float(beta)} if beta else {}}
+            name = f"{facts['experiment']},optimizer.lr={rate}" + (f",outer.beta={beta}" if beta else "") + ",task.bleu.subsets=__"
+            nll = 3 + abs(float(rate) - 0.009) + abs(float(beta or 0.4) - 0.4)
+            ended(checkout / f"trials/{name}/seed{seed}", facts["experiment"], nll, seed, metric="nll_base2", **config)
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    code, out, err = script(tune, "wmt16_small")
+    assert not code and all("task.bleu.subsets=[]" in words for words in asked), err
+    assert "sgp: lr 0.009, β of SlowMo 0.4" in out and "ar_adam: lr 0.009\n" in out
 
 
 @pytest.mark.slow
