@@ -5,7 +5,9 @@ that are no longer on this disk stay: what is published is committed, and runs c
 """
 
 import fcntl
+import functools
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -32,11 +34,13 @@ def main(runs: Path, store: Store) -> None:
     folders = sorted({path.parent for path in found if not any(part.startswith(".old-") for part in path.parts)})
     if not folders and not refused(runs):
         raise FileNotFoundError(f"no run below {runs}: python run.py experiment=... makes one; {store.path('runs')} stays as it is")
-    found, complaints = {}, []
+    found, complaints, others = {}, [], []
     for path in folders:
         try:
             line, rows = read(path)
+            others.append(tuple(line.get(name) for name in KEY))
             check_settings(path)
+            others.pop()
         except KeyError as error:
             complaints.append(f"left out: {path}: its files know no {error}: another version wrote them, run it again")
         except Exception as error:  # anything can stand in a file that is damaged: it is named, and the others are collected
@@ -51,7 +55,7 @@ def main(runs: Path, store: Store) -> None:
             continue
         lines.append(claimed[0][1])
         curves += [{**row, "run": run, "seed": seed, "commit": lines[-1].get("commit")} for row in claimed[0][2]]
-    lines = merged(pd.DataFrame(lines, columns=COLUMNS["runs"]), store)
+    lines = merged(pd.DataFrame(lines, columns=COLUMNS["runs"]), store, others)
     curves = pd.DataFrame(curves, columns=COLUMNS["curves"])
     if store.has("curves"):
         before = store.read("curves")
@@ -66,30 +70,43 @@ def main(runs: Path, store: Store) -> None:
         print(text, file=sys.stderr)
 
 
-def check_settings(path: Path) -> None:
-    """ValueError for a run whose experiment's file says something else now: it is not a seed of the same run any more."""
-    run, cfg = RunId.parse(path.parent.name), config(path)
-    file = CONFIGS / f"experiment/{run.experiment}.yaml"
-    typed = tuple(word.partition("=")[0] for word in run.overrides)
+def check_settings(path: Path, but: tuple[str, ...] = ()) -> None:
+    """ValueError for a run whose experiment says something else now: it is not a seed of the same run any more.
 
-    def walk(node: dict, has, prefix: str) -> None:
-        for key, value in node.items():
-            name, now = f"{prefix}{key}", has.get(key, value) if isinstance(has, dict) else value
-            if any(name == word or name.startswith(f"{word}.") for word in typed) or isinstance(value, str) and "${" in value:
-                continue
-            if isinstance(value, dict):
-                walk(value, now, f"{name}.")
-            elif now != value and str(now) != str(value):
-                raise ValueError(f"{name} is {now} in it and {value} in {file.name} now: move it away, and run it again")
+    What the run's name says, and whatever depends on that, may differ; so may keys that begin as `but`.
+    """
+    from experiments.runner.config import flat  # imports torch
+    from experiments.runner.run_dir import IGNORED_KEYS
 
-    own = yaml.safe_load(file.read_text()) if file.exists() else {}  # a user's own may be elsewhere
-    walk({key: value for key, value in own.items() if key not in ("defaults", "target")}, cfg, "")
+    run, has = RunId.parse(path.parent.name), flat(OmegaConf.create(config(path)))
+    typed = tuple(word.partition("=")[0].replace("/", ".") for word in run.overrides)
+    if run.overrides and re.fullmatch("[0-9a-f]{12}", run.overrides[-1]):  # a long name was cut off
+        return
+    for key, value in _settings(run.experiment).items():
+        named = any(key == word or key.startswith(f"{word}.") for word in typed)
+        if not named and not key.startswith((*IGNORED_KEYS, *but)) and key in has and has[key] != value:
+            raise ValueError(f"{key} is {has[key]} in it and {value} in {run.experiment} now: move it away, and run it again")
 
 
-def merged(lines: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """These lines and those of `store` that they do not bring up to date."""
+@functools.cache
+def _settings(experiment: str) -> dict:
+    """The experiment's keys with what they stand for, but for those that follow other keys; none of a user's own, which is elsewhere."""
+    if not (CONFIGS / f"experiment/{experiment}.yaml").exists():
+        return {}
+    import hydra
+
+    from experiments.runner.config import compose, flat
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = flat(compose([f"experiment={experiment}"]).cfg)
+    return {key: value for key, value in found.items() if not (isinstance(value, str) and "${" in value)}
+
+
+def merged(lines: pd.DataFrame, store: Store, others: list[tuple]) -> pd.DataFrame:
+    """These lines and those of `store` that they do not bring up to date. others: (run, seed, commit) that are no runs of these cells."""
     if store.has("runs"):
         before = store.read("runs")
+        before = before[~before.set_index(KEY).index.isin(others)] if others else before
         same = before.set_index(["run", "seed"]).index.isin(lines.set_index(["run", "seed"]).index)
         # a run that was not finished when it was collected is the same run, whatever commit it stood at
         stale = same & (before.set_index(KEY).index.isin(lines.set_index(KEY).index) | ~before["status"].isin(("done", "diverged")))

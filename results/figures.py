@@ -57,6 +57,9 @@ def main(store: Store) -> None:
             if figure is not None:
                 save(figure, out, name)
                 made.append(name)
+    for name in ({f"{name}_{data}" for data in TITLES for name in KINDS} | {"teaser", "forest"}) - {*made}:
+        for kind in ("pdf", "png"):  # of runs that are gone
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
     print(f"wrote {out}: {', '.join(made) or 'nothing, no runs'}")
 
 

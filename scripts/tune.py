@@ -28,13 +28,14 @@ import reproduce  # beside this script
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.runner.run_dir import IGNORED_KEYS  # noqa: E402
 from results import collect  # noqa: E402
 from results.store import COLUMNS as LISTS  # noqa: E402
 from results.store import MINE, PUBLISHED, RunId, save  # noqa: E402
 from results.tables import LOSS_TIERS, SMALL, TEXT, table1  # noqa: E402
 
 RATES = {number: float(f"{0.1 * 3 ** (number / 2):.2g}") for number in range(-8, 9)}  # 0.1, 0.17, 0.3, ...
-TEXT_RATES = {number: float(f"{0.003 * 3 ** (number / 2):.2g}") for number in range(-6, 5)}
+TEXT_RATES = {number: float(f"{0.003 * 3 ** (number / 2):.2g}") for number in range(-6, 9)}
 BETAS = dict(enumerate([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]))
 START = {"lr": (0, 2), "beta": (2, 5)}  # the first grid, by number
 WITH_TUNING_PICTURES = ("cifar10_small", "cifar10_small_loss", "imagenet_small")
@@ -51,8 +52,8 @@ def main() -> int:
     options, extra = reproduce.parsed(parser)
     if not options.seeds or max(options.seeds) > 0:
         parser.error("--seeds: those of tables are 1 and more, tune on others, as 0,-1")
-    if any(word.startswith(("steps=", "epochs=")) for word in extra):
-        parser.error("a trial has its experiment's own length: leave steps and epochs out")
+    if other := [word for word in extra if not word.startswith(IGNORED_KEYS)]:
+        parser.error(f"a trial has its experiment's own settings and length: leave {' '.join(other)} out, or write your own experiment")
     if not options.launcher.startswith("slurm"):
         os.nice(10)  # hours in the background of other work
     tuner = Tuner(options, extra)
@@ -141,12 +142,13 @@ class Tuner:
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
             run = RunId.parse(path.parts[-3])
             own = ("optimizer.lr", "outer.beta", "data.heldout", "task.bleu.subsets")
-            others = {word for word in run.overrides if word.partition("=")[0] not in own}
+            others = any(word.partition("=")[0] not in own for word in run.overrides)
             tuning = self.options.data not in WITH_TUNING_PICTURES or "data.heldout=tuning" in run.overrides
-            if run.experiment != experiment or not tuning or others - set(self.extra):  # another trial's
+            if run.experiment != experiment or not tuning or others:  # another trial's
                 continue
             try:
                 line, _ = collect.read(path.parent)
+                collect.check_settings(path.parent, own)  # lr and β of the file are what tuning changes
             except Exception as error:  # damaged in whatever way: asked for again, it is made anew, or named
                 print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
                 continue

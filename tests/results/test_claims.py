@@ -94,9 +94,38 @@ def test_a_seed_that_diverges_later_takes_nothing_back(tmp_path):
 
 
 def test_later_seeds_of_other_cells_take_nothing_back(tmp_path):
-    """The deviation of a look is pooled over what the others had at the first."""
+    """The deviation of a look is pooled over what the others had at it."""
     cells = table1(seeds=5) + [near(f"{DATA}_ar_sgd", 60.0, seeds=10).iloc[5:].assign(accuracy_last=[0.0, 100.0, 0.0, 100.0, 50.0])]
     assert verdict(written(tmp_path, *cells), "raises the accuracy of SGP") == "supported"
+
+
+def test_the_deviation_of_a_look_is_that_of_all_cells_at_it(tmp_path):
+    """results/protocol.md: pooled over the tier's cells, so over ten seeds of the others too."""
+    cells = table1((0, 0, 2), seeds=10)
+    (judged,) = [found for found in claims.judgements(DATA, store.Runs(written(tmp_path, *cells)))
+                 if found.claim.text == "SlowMo raises the accuracy of SGP"]  # fmt: skip
+    assert judged.estimates[0].freedom == 7 * 9
+    variance = np.mean([cell["accuracy_last"].var() for cell in cells])
+    assert judged.estimates[0].error == pytest.approx(np.sqrt(2 * variance / 10))
+
+
+def test_losses_that_the_paper_changes_by_less_have_a_smaller_margin(tmp_path):
+    """Texts: 2% lower is no "no difference to speak of"; letters 3%."""
+    for data, most in (("cifar10_small", 0.1), ("imagenet_small", 0.03), ("wmt16", 0.01), ("wmt16_small", 0.01)):
+        assert math.expm1(claims.margin(data, "train_loss_last")) == pytest.approx(most)
+    noise = np.array([0.0, 0.002, -0.002, 0.001, -0.001])
+    for lower, expected in ((0.03, "supported"), (0.0, "equivalent")):
+        runs = [lines("wmt16_small_sgp", [2.5] * 5, "train_loss_last"),
+                lines("wmt16_small_slowmo_sgp", 2.5 * np.exp(noise - lower), "train_loss_last")]  # fmt: skip
+        line = found(written(tmp_path / str(lower), *runs), "lowers the training loss of SGP", "wmt16_small")
+        assert line["verdict"] == expected
+
+
+def test_no_runs_and_no_first_seed_are_different(tmp_path):
+    cells = table1()
+    cells[-1]["seed"] += 1
+    line = found(written(tmp_path, *cells), "raises the accuracy of SGP")
+    assert (line["verdict"], line["evidence"]) == ("not run", "seed 1 is missing")
 
 
 def test_the_first_look_that_decides_is_the_verdict(tmp_path):

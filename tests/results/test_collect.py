@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 from commands import command, finished
+from omegaconf import OmegaConf
 
+from experiments.runner.config import compose
 from results import __main__ as main_module
 from results import collect, store, tables
 from results.__main__ import main
@@ -245,17 +248,49 @@ def test_no_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_a_run_of_other_settings_is_not_another_seed(tmp_path, monkeypatch):
-    """The experiment's file was edited since, as tuning does; what the run's name says is its own."""
-    file, tuned = tmp_path / "experiment/cifar10_small_sgp.yaml", "cifar10_small_sgp,optimizer.lr=0.1"
-    file.parent.mkdir()
-    monkeypatch.setattr(collect, "CONFIGS", tmp_path)
-    file.write_text("defaults: [a]\noptimizer: {lr: 0.3, weight_decay: 1.0e-4}\nouter: {beta: 0.4}\ntarget: {cost: 1}\n")
-    for run, lr, beta in (("cifar10_small_sgp", 0.3, 0.4), (tuned, 0.1, 0.4), ("cifar10_small_sgp,outer=lookahead", 0.3, 0.0)):
-        (tmp_path / run / "seed1").mkdir(parents=True)
-        (tmp_path / run / "seed1/config.yaml").write_text(f"optimizer: {{lr: {lr}, weight_decay: 0.0001}}\nouter: {{beta: {beta}}}\n")
-        collect.check_settings(tmp_path / run / "seed1")
-    file.write_text("optimizer: {lr: 0.1}\nouter: {beta: 0.5}\n")
-    for run, remedy in (("cifar10_small_sgp", "optimizer.lr is 0.3 in it and 0.1"), (tuned, "outer.beta is 0.4 in it and 0.5")):
+def test_a_run_of_other_settings_is_not_another_seed(tmp_path):
+    """The experiment's file, or what it is made of, was edited since; what the run's name says is its own, and what follows from that."""
+
+    def run(name, *words, **then):
+        with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose(["experiment=cifar10_small_slowmo_sgp", *words]).cfg
+        for key, value in then.items():
+            OmegaConf.update(cfg, key.replace("__", "."), value)
+        folder = tmp_path / f"cifar10_small_slowmo_sgp{name}/seed1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        collect.check_settings(folder)
+
+    run("")
+    run("", data__root="elsewhere", seed=3)
+    run(",optimizer.lr=0.1", "optimizer.lr=0.1")
+    run(",workers=8", "workers=8")
+    run(",outer=lookahead", "outer=lookahead")
+    run(f",optimizer.lr=0.1,{'0' * 12}", "optimizer.lr=0.1", "workers=8")  # a long name, cut off
+    for name, words, then, remedy in (
+        ("", (), {"optimizer__lr": 0.1}, "optimizer.lr is 0.1 in it and"),
+        ("", (), {"task__width": 8}, "task.width is 8 in it and 16 in cifar10_small_slowmo_sgp now"),  # of the shape
+        (",optimizer.lr=0.1", ("optimizer.lr=0.1",), {"outer__beta": 0.9}, "outer.beta is 0.9 in it and"),
+    ):
         with pytest.raises(ValueError, match=remedy):
-            collect.check_settings(tmp_path / run / "seed1")
+            run(name, *words, **then)
+
+
+def test_a_run_whose_experiment_changed_leaves_the_list(runs, monkeypatch, capsys):
+    """With the line that it had; one of another commit, from another machine, stays."""
+    listed = store.Store(runs.parent / "list")
+    collect.main(runs, listed)
+    before = listed.read("runs")
+    gone = before[before["status"] == "done"].iloc[0]
+    other = before[before["run"] == gone["run"]].head(1).assign(seed=gone["seed"], commit="another")
+    listed.write("runs", pd.concat([before, other]))
+
+    def check(path, but=()):
+        if (path.parent.name, path.name) == (gone["run"], f"seed{gone['seed']}"):
+            raise ValueError("task.width is 8 in it and 16 in the experiment now")
+
+    monkeypatch.setattr(collect, "check_settings", check)
+    collect.main(runs, listed)
+    left = listed.read("runs")
+    assert "task.width is 8 in it" in capsys.readouterr().err and len(left) == len(before)
+    assert left[(left["run"] == gone["run"]) & (left["seed"] == gone["seed"])]["commit"].tolist() == ["another"]

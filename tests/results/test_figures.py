@@ -19,6 +19,8 @@ def path(tmp_path):
 
 
 def test_what_there_are_runs_for(path, tmp_path, capsys):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/alpha_cifar10_small.png").write_bytes(b"of runs that are gone")
     figures.main(path)
     made = {file.name for file in (tmp_path / "figures").iterdir()}
     assert made == {f"{name}_cifar10_small.{kind}" for name in ("fig2", "loss", "wallclock", "fig3") for kind in ("pdf", "png")} | {

@@ -73,6 +73,13 @@ def test_a_stand_in_shows_changes_as_the_protocol_compares_them(tmp_path):
     assert max(line.count("|") for line in text.splitlines()) == 6
 
 
+def test_cells_without_a_seed_in_common_have_no_change(tmp_path):
+    base, slow = (lines(f"cifar10_small_{cell}", [60.0, 50.0], "accuracy_last", train_loss_last=1.0) for cell in ("sgp", "slowmo_sgp"))
+    _, cells, _ = found(written(tmp_path, base, slow.assign(seed=[3, 4])), "cifar10_small", "table1")
+    assert pd.isna(cell(cells, "cifar10_small_slowmo_sgp", "train_loss_last")["change"])  # paired
+    assert cell(cells, "cifar10_small_slowmo_sgp", "accuracy_last")["change"] == 0.0
+
+
 def test_seeds_for_tuning_count_nowhere(tmp_path):
     path = written(tmp_path, lines("cifar10_small_sgp", [60.0, 61.0], "accuracy_last"),
                    lines("cifar10_small_sgp", [99.0], "accuracy_last").assign(seed=0))  # fmt: skip

@@ -142,7 +142,8 @@ def test_wanted_runs_come_seed_after_seed_and_once():
 def test_nonsense_is_refused(script):
     assert "whole numbers with commas" in script(reproduce, "table1", "--seeds", "a")[2]
     assert "invalid choice" in script(reproduce, "table7")[2]
-    assert "its experiment's own length" in script(tune, "cifar10_small", "--", "steps=24")[2]
+    for word in ("steps=24", "optimizer.momentum=0.8"):
+        assert f"own settings and length: leave {word} out" in script(tune, "cifar10_small", "--", word)[2]
 
 
 def trial(folder, experiment, value, seed, status="done", **config):
