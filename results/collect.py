@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from experiments import files
 from results.store import COLUMNS, KEY, METRICS, RunId, Store
 from results.tables import CONFIGS
 
+_composing = threading.Lock()  # Hydra is one for all threads
 FILES = ("config.yaml", "metrics.jsonl", "result.json")  # any of them makes a folder a run's
 
 
@@ -97,7 +99,7 @@ def _settings(experiment: str) -> dict:
 
     from experiments.runner.config import compose, flat
 
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with _composing, hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         found = flat(compose([f"experiment={experiment}"]).cfg)
     return {key: value for key, value in found.items() if not (isinstance(value, str) and "${" in value)}
 

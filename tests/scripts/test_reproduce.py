@@ -28,7 +28,8 @@ TINY = ("workers=2", "steps=2", "task.batch_size=8", "task.width=2", "data.train
 
 def ended(folder, experiment, value, seed=1, status="done", metric="accuracy", **config):
     """A run's folder as a run leaves it, as far as collecting reads it."""
-    config = {"seed": seed, "workers": 32, "steps": 600, "epochs": None, "task": {}, "optimizer": {}, "outer": {}} | config
+    own = {key: value for key, value in collect._settings(experiment).items() if key in ("workers", "steps", "epochs")}
+    config = {"workers": 32, "steps": 600, "epochs": None} | own | {"seed": seed, "task": {}, "optimizer": {}, "outer": {}} | config
     row = {"step": 600, "epoch": 1.0, "seconds": 60.0, metric: value, "train_loss": 1.0}
     result = {"status": status, "seed": seed, "step": 600, "experiment": experiment, "processes": 1, "commit": "c",
               "seconds_per_iteration": 0.1, "hardware": {"device": "cpu", "threads": 1}, "versions": {"torch": "2"},
