@@ -40,9 +40,11 @@ def main(runs: Path, store: Store) -> None:
     for path in folders:
         try:
             line, rows = read(path)
-            others.append(tuple(line.get(name) for name in KEY))
-            check_settings(path)
-            others.pop()
+            try:
+                check_settings(path)
+            except ValueError:
+                others.append(tuple(line.get(name) for name in KEY))
+                raise
         except KeyError as error:
             complaints.append(f"left out: {path}: its files know no {error}: another version wrote them, run it again")
         except Exception as error:  # anything can stand in a file that is damaged: it is named, and the others are collected
