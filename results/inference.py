@@ -27,7 +27,7 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        return self.deviation / math.sqrt(self.seeds) if self.seeds else math.nan
+        return self.deviation / math.sqrt(self.seeds)
 
     def half(self, level: float = 0.95) -> float:
         """Half the two-sided confidence interval."""

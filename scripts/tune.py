@@ -39,6 +39,7 @@ TEXT_RATES = {number: float(f"{0.003 * 3 ** (number / 2):.2g}") for number in ra
 BETAS = dict(enumerate([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]))
 START = {"lr": (0, 2), "beta": (2, 5)}  # the first grid, by number
 WITH_TUNING_PICTURES = ("cifar10_small", "cifar10_small_loss", "imagenet_small")
+VARIED = ("optimizer.lr", "outer.beta", "data.heldout", "task.bleu.subsets")  # what the name of a trial's folder may have
 COLUMNS = LISTS["trials"]
 
 
@@ -141,14 +142,13 @@ class Tuner:
         lines = []
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
             run = RunId.parse(path.parts[-3])
-            own = ("optimizer.lr", "outer.beta", "data.heldout", "task.bleu.subsets")
-            others = any(word.partition("=")[0] not in own for word in run.overrides)
+            others = any(word.partition("=")[0] not in VARIED for word in run.overrides)
             tuning = self.options.data not in WITH_TUNING_PICTURES or "data.heldout=tuning" in run.overrides
             if run.experiment != experiment or not tuning or others:  # another trial's
                 continue
             try:
                 line, _ = collect.read(path.parent)
-                collect.check_settings(path.parent, own)  # lr and β of the file are what tuning changes
+                collect.check_settings(path.parent, VARIED)  # lr and β of the file are what tuning changes
             except Exception as error:  # damaged in whatever way: asked for again, it is made anew, or named
                 print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
                 continue
