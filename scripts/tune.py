@@ -34,8 +34,7 @@ from results.store import COLUMNS as LISTS  # noqa: E402
 from results.store import MINE, PUBLISHED, RunId, save  # noqa: E402
 from results.tables import LOSS_TIERS, SMALL, TEXT, table1  # noqa: E402
 
-RATES = {number: float(f"{0.1 * 3 ** (number / 2):.2g}") for number in range(-8, 9)}  # 0.1, 0.17, 0.3, ...
-TEXT_RATES = {number: float(f"{0.003 * 3 ** (number / 2):.2g}") for number in range(-6, 9)}
+FIRST_RATE = {"imagenet_small": 0.3, "wmt16_small": 0.003, "wmt16": 0.003}  # elsewhere 0.1
 BETAS = dict(enumerate([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]))
 START = {"lr": (0, 2), "beta": (2, 5)}  # the first grid, by number
 WITH_TUNING_PICTURES = ("cifar10_small", "cifar10_small_loss", "imagenet_small")
@@ -80,7 +79,7 @@ class Tuner:
 
     def base(self, base: str) -> tuple[float, float | None]:
         """Tune a base, then SlowMo over it: (rate, β). RuntimeError where trials fail."""
-        experiment, rates = f"{self.options.data}_{base}", TEXT_RATES if self.options.data in TEXT else RATES
+        experiment, rates = f"{self.options.data}_{base}", grid(FIRST_RATE.get(self.options.data, 0.1))
         lr = rates[self.climb(START["lr"], rates, lambda numbers: self.scores(experiment, [(rates[n], None) for n in numbers]))]
         slow, beta = f"{self.options.data}_slowmo_{base}", None
         if not base.startswith("ar_"):  # the paper has no cell of SlowMo over AllReduce
@@ -176,6 +175,11 @@ class Tuner:
 
     def save(self) -> None:
         self.store.write("trials", self.trials.sort_values(COLUMNS[:4], kind="stable"))
+
+
+def grid(first: float) -> dict[int, float]:
+    """Rates by number, as in 0: 0.1, 1: 0.17, 2: 0.3."""
+    return {number: float(f"{first * 3 ** (number / 2):.2g}") for number in range(-8, 9)}
 
 
 def settle(data: str, base: str, lr: float, beta: float | None) -> None:

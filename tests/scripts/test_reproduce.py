@@ -237,7 +237,7 @@ def test_a_rate_is_put_into_any_experiment_s_file():
     assert tune.written("outer: {tau: 12, beta: 0.6}\n", "outer", "beta", 0.8) == "outer: {tau: 12, beta: 0.8}\n"
     assert tune.written("outer: {tau: 48}\n", "outer", "beta", 0.8) == "outer: {beta: 0.8, tau: 48}\n"
     assert tune.written("x: 1\ntarget: {}\n", "optimizer", "lr", 0.001) == "x: 1\noptimizer: {lr: 0.001}\ntarget: {}\n"
-    assert [tune.RATES[n] for n in (-2, -1, 0, 1, 2)] == [0.033, 0.058, 0.1, 0.17, 0.3]
+    assert [tune.grid(0.1)[n] for n in (-2, -1, 0, 1, 2)] == [0.033, 0.058, 0.1, 0.17, 0.3]
 
 
 def test_trials_are_run_on_pictures_of_their_own_and_one_that_fails_stops_its_base_alone(checkout, script, monkeypatch):
