@@ -70,7 +70,7 @@ def _made(page: Path, name: str, runs: Runs) -> str:
 
 
 def pairs(data: str, runs: Runs) -> str:
-    """Table 1 in the paper's form, a line for each base; what SlowMo changes and the verdict are of the data's own outcome."""
+    """Table 1 in the paper's form, a line for each base; what SlowMo changes is of the data's own outcome, the verdicts are of its primary ones."""
     table = next(table for table in layout(data) if table.key == "table1")
     found, judged, own = cells(table, runs), claims.stored(runs), table.metrics[0]
     if not found["n"].any():
@@ -83,9 +83,11 @@ def pairs(data: str, runs: Runs) -> str:
         label, slow = tables.LABELS[base], tables.LABELS.get(f"slowmo_{base}")
         row = [label, *(text.loc[name, title] if name in text.index else "" for title in titles for name in (label, slow))]
         change, _, paper = text.loc[slow, f"change: {own.title}"].rpartition("paper ") if slow in text.index else ("", "", "")
-        claim = judged[(judged["data"] == data) & judged["claim"].str.startswith("SlowMo") & judged["claim"].str.endswith(f" of {label}")]
-        claim = claim[claim["claim"].str.contains("lowers" if not own.more else "raises")]
-        rows.append([*row, change.removesuffix("; "), paper, *(claim["verdict"] if len(claim) else [""])])
+        of = judged[(judged["data"] == data) & judged["claim"].str.startswith("SlowMo") & judged["claim"].str.endswith(f" of {label}")]
+        kind = claims.PRIMARY if (of["kind"] == claims.PRIMARY).any() else claims.SECONDARY
+        of = of[of["kind"] == kind]
+        each = of["claim"].str.extract(r"the (.+) of", expand=False) + " " + of["verdict"]
+        rows.append([*row, change.removesuffix("; "), paper, ", ".join(each if of["verdict"].nunique() > 1 else of["verdict"].unique())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

@@ -184,7 +184,9 @@ class Judgement:
         """Seeds that would probably decide, were the estimates the truth: either way, or that there is no difference to speak of."""
         later = next((look for look in inference.LOOKS if look > self.seeds), inference.LOOKS[-1])
         pairs = list(zip(self.estimates, self.claim.parts))
-        either = max(e.seeds_for(part.low, part.high, self.level, later) for e, part in pairs)
+        beyond = [(e, part) for e, part in pairs if not part.low <= e.mean <= part.high]  # one is enough, at p times the parts
+        count, level = (min, self.level / len(pairs)) if beyond else (max, self.level)
+        either = count(e.seeds_for(part.low, part.high, level, later) for e, part in beyond or pairs)
         margins = [margin(self.data, part.metric) for part in self.claim.parts]
         if not self.directed or any(abs(e.mean) >= most for e, most in zip(self.estimates, margins)):
             return either

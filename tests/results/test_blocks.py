@@ -90,6 +90,19 @@ def test_table_1_in_the_papers_form_has_a_line_for_each_base(tmp_path):
     assert every == "| AR-SGD | – |  | 62.02 ± 0.02 (5) |  |  |  |  |"
 
 
+def test_where_two_outcomes_are_primary_both_verdicts_stand(tmp_path):
+    """SlowMo raises BLEU clearly and leaves the training loss as it is."""
+    cells = (("sgp", 20.0), ("slowmo_sgp", 25.0))
+    bleu = [lines(f"wmt16_small_{cell}", [level + seed / 100 for seed in range(5)], "bleu_test") for cell, level in cells]
+    losses = [lines(f"wmt16_small_{cell}", [3.0, 3.01, 2.99, 3.02, 2.98], "train_loss_last") for cell, _ in cells]
+    for line, other in zip(bleu, losses):
+        line["train_loss_last"] = other["train_loss_last"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- pairs wmt16_small: python -m results docs -->\n<!-- end -->\n")
+    local, sgp = blocks.filled(page, store.Runs(written(tmp_path, *bleu))).splitlines()[3:5]
+    assert local.endswith("| not run |") and sgp.endswith("| training loss equivalent, BLEU supported |")
+
+
 def test_a_picture_that_is_not_drawn_is_said(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(

@@ -54,6 +54,13 @@ def test_an_undecided_gain_says_what_it_would_take(tmp_path):
     assert line["verdict"] == "undecided" and line["evidence"].endswith("(5 seeds; would take about 19 seeds)")
 
 
+def test_seeds_that_would_refute_one_part_of_two(tmp_path):
+    """Local SGD gains 1.5 more than OSGP and 1.6 less than SGP. The second would do, at half of Holm's level of the first of six for
+    being one of two: (4.07 x 1.12 x sqrt 2 / 1.6)^2 = 16.2."""
+    line = found(written(tmp_path, *table1((2, 0.5, 3.6), spread=10.0)), "the gain in accuracy is largest for Local SGD")
+    assert line["verdict"] == "undecided" and line["evidence"].endswith("(5 seeds; would take about 17 seeds)")
+
+
 def test_training_losses_are_paired_and_are_ratios(tmp_path):
     """Levels differ from seed to seed by far more than SlowMo changes: by a factor of about 0.5 each."""
     level = np.array([1.0, 0.1, 0.01, 3.0, 0.3])
