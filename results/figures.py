@@ -214,7 +214,7 @@ def wallclock(data: str, runs: Runs, curves: Curves):
     axis.set(xlabel=f"seconds, {' or '.join(sorted(drawn))}", ylabel=worded(metric))
     axis.set_xlim(left=0)
     axis.legend()
-    model = f"modelled: {TITLES[cost_model.column(data)]}, on the paper's cluster, sent after backward"
+    model = f"modelled: {TITLES[cost_model.column(data)]}, on the paper's cluster, sent after backward (during it, all cost less)"
     return titled(figure, data, model if drawn != {MEASURED} else "")
 
 

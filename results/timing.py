@@ -142,7 +142,8 @@ def computing(line) -> str:
     size = f"{line.bytes / 1e6:.2f} MB"
     if not line.emulated:
         return f"A real network computes, with rows of {size}."
-    return f"Computing is a wait, and rows of {size} are {TASKS[line.data].size / line.bytes:.0f} times smaller than the paper's."
+    times = TASKS[line.data].size / line.bytes
+    return f"Computing is a wait in proportion to the paper's own time, and rows of {size} are {times:.0f} times smaller than the paper's."
 
 
 def straggling_hosts(lines: pd.DataFrame) -> str:

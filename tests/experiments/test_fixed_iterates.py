@@ -20,9 +20,12 @@ pytestmark = pytest.mark.skipif(bool(absent), reason="the photos extra is not in
 
 # the workers' mean training loss over the first four steps, and the norm of the averaged parameters after them
 EXPECTED = {
-    "cifar10_small_slowmo_sgp": (2.360117713522406, 28.086035501055832),
-    "cifar10_small_loss_slowmo_local_sgd": (2.349029282804522, 28.086452707241673),
+    "cifar10_small_slowmo_sgp outer.tau=2 outer.beta=0.6": (2.360117713522406, 28.086035501055832),
+    "cifar10_small_loss_slowmo_local_sgd outer.tau=2 outer.beta=0.6": (2.349029282804522, 28.086452707241673),
     "cifar10_small_ar_sgd": (2.351175920114812, 28.08620572036963),
+    "cifar10_small_loss_sgp_noaverage outer.tau=2 outer.beta=0.6": (2.3472872678750156, 28.086463941677163),
+    "cifar10_small_loss_double_averaging_sgp outer.tau=2": (2.338883116107855, 28.086719055964565),
+    "cifar10_small_loss_ar_sgd outer=slowmo outer.tau=2 outer.beta=0.4": (2.338338939843011, 28.08722779539771),
 }
 
 
@@ -30,9 +33,8 @@ EXPECTED = {
 @pytest.mark.parametrize("experiment", EXPECTED)
 def test_the_first_iterates(experiment, vectorize, tmp_path_factory):
     words = ["dtype=float64", "cluster.device=cpu", f"data.root={tmp_path_factory.getbasetemp()}", "optimizer.lr=0.1", "data.validation=10"]
-    words += ["outer.tau=2", "outer.beta=0.6"] * ("slowmo" in experiment)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose([f"experiment={experiment}", *words]).cfg
+        cfg = compose([*f"experiment={experiment}".split(), *words]).cfg
     task, cluster = build.build(cfg.task), Cluster(cfg.workers, "cpu", 60.0)
     replicas, algorithm = build.algorithm(cfg, task.model(), cluster)
     meter = TrainingMeter(cfg.workers, cluster.device)
