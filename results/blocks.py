@@ -70,7 +70,7 @@ def _made(page: Path, name: str, runs: Runs) -> str:
 
 
 def pairs(data: str, runs: Runs) -> str:
-    """Table 1 in the paper's form, a line for each base; what SlowMo changes is of the data's own outcome, the verdicts are of its primary ones."""
+    """Table 1 in the paper's form, a line for each base: the change of the data's own outcome, the verdicts of all primary ones."""
     table = next(table for table in layout(data) if table.key == "table1")
     found, judged, own = cells(table, runs), claims.stored(runs), table.metrics[0]
     if not found["n"].any():
