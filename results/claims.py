@@ -249,11 +249,11 @@ def decided(judged: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def markdown(judged: pd.DataFrame) -> str:
-    """What the paper claims, and apart from it what runs cost."""
+    """What the paper claims, apart from it what runs cost, and apart from that what it does not ask."""
     lines, rest = decided(judged)
-    cost = lines["kind"].isin((COST, OURS))
+    cost, ours = lines["kind"] == COST, lines["kind"] == OURS
     text = []
-    for part in (lines[~cost], lines[cost]):
+    for part in (lines[~cost & ~ours], lines[cost], lines[ours]):
         if len(part):
             text += ["| claim | data | kind | verdict | evidence |", "|---|---|---|---|---|"]
             text += [f"| {line.claim} | `{line.data}` | {line.kind} | {line.verdict} | {line.evidence} |" for line in part.itertuples()]
