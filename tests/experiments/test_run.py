@@ -216,7 +216,7 @@ def test_every_experiment_prints_its_plan(name, request, tmp_path, monkeypatch):
         assert all(f" {figure}" in words for figure in figures)
     else:
         assert words == "-"
-    assert f"m = {8 if paper == 'wmt16' else 32}" in done.fact("title")
+    assert f"m = {8 if paper == 'wmt16' or suite == 'imagenet_small' else 32}," in done.fact("title")
     if paper != "wmt16":
         steps, tau = int(done.fact("iterations").replace(",", "")), 12 if suite != "imagenet" or "local" in case else 48
         # 200 epochs of 50 000 pictures in batches of 4096, the last one left out; 90 of 1.28 million in batches of 8192
