@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import pandas as pd
+
 from results import claims, cost_model, tables, timing
 from results.store import PUBLISHED, Runs
-from results.tables import CONFIGS, SMALL, TITLES, cells, layout
+from results.tables import CONFIGS, LOSS_TIERS, SMALL, TITLES, cells, layout
 
 ROOT = PUBLISHED.folder.parent
 WORDS = {
@@ -57,6 +59,8 @@ def _made(page: Path, name: str, runs: Runs) -> str:
         return timing.straggling_hosts(PUBLISHED.find("links"))
     if key == "pairs" and data in SMALL:
         return pairs(data, runs)
+    if key == "trials" and data in SMALL:
+        return trials(data, PUBLISHED.find("trials"))
     if key == "runtime" and data in TITLES:
         modelled = [timing.against_paper(data)] if data in cost_model.TASKS else []
         return "\n".join((*modelled, timing.on_links(data, PUBLISHED.find("links")), ""))
@@ -89,6 +93,41 @@ def pairs(data: str, runs: Runs) -> str:
         each = of["claim"].str.extract(r"the (.+) of", expand=False) + " " + of["verdict"]
         rows.append([*row, change.removesuffix("; "), paper, ", ".join(each if of["verdict"].nunique() > 1 else of["verdict"].unique())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def trials(data: str, lines: pd.DataFrame) -> str:
+    """Tuning: for each base at its chosen rate what SlowMo's β gave, means over seeds; the chosen β in bold.
+
+    An entry is the outcome that tuning goes by and, where that is not the training loss, the training loss over the base's.
+    """
+    done = lines.assign(value=lines["value"].where(lines["status"] == "done"))  # a mean with a diverged one is none
+    means = done.groupby(["experiment", "lr", "beta"], dropna=False)[["value", "train_loss_last", "chosen"]].agg(
+        lambda each: each.mean(skipna=False)
+    )
+    means = means.reset_index().set_index("experiment")
+    at = {cell: means.loc[[name]] for cell in tables.table1(data) if (name := f"{data}_{cell}") in means.index}
+    betas = sorted(set(pd.concat(at.values())["beta"].dropna())) if at else []
+    if not betas:
+        return f"Not run yet: `python scripts/tune.py {data}`.\n"
+    rows = [["", "rate", "without", *(f"β = {beta:g}" for beta in betas)]]
+    rows.append(["---"] * len(rows[0]))
+    for base in (cell for cell in at if not cell.startswith("slowmo_") and at[cell]["chosen"].any()):
+        own = at[base][at[base]["chosen"] > 0].iloc[0]
+        slow = at.get(f"slowmo_{base}", means.iloc[:0])
+        slow = slow[slow["lr"] == own["lr"]].set_index("beta")
+        entries = [_trial(data, slow.loc[beta], own) if beta in slow.index else "" for beta in betas]
+        rows.append([tables.LABELS[base], f"{own['lr']:g}", _trial(data, own), *entries])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _trial(data: str, found: pd.Series, base: pd.Series | None = None) -> str:
+    if pd.isna(found["value"]):
+        return "diverged"
+    text = f"{found['value']:.{4 if data in LOSS_TIERS else 2}f}"
+    if base is None:
+        return text
+    text = f"**{text}**" if found["chosen"] else text
+    return text if data in LOSS_TIERS else f"{text}, × {found['train_loss_last'] / base['train_loss_last']:.2f}"
 
 
 def status(runs: Runs) -> str:

@@ -103,6 +103,25 @@ def test_where_two_outcomes_are_primary_both_verdicts_stand(tmp_path):
     assert local.endswith("| not run |") and sgp.endswith("| training loss equivalent, BLEU supported |")
 
 
+def test_trials_of_beta_stand_beside_their_base_at_its_rate():
+    """Two seeds of each: the base at two rates, β at the chosen one alone; a mean with a diverged seed is none."""
+    points = [("sgp", 0.1, None, 60.0, 0.4, False), ("sgp", 0.3, None, 61.0, 0.2, True), ("slowmo_sgp", 0.1, 0.4, 70.0, 0.1, False),
+              ("slowmo_sgp", 0.3, 0.2, 62.0, 0.3, True), ("slowmo_sgp", 0.3, 0.8, 50.0, 0.1, False), ("ar_sgd", 0.3, None, 63.0, 0.1, True)]  # fmt: skip
+    trials = pd.DataFrame(
+        [
+            {"experiment": f"cifar10_small_{cell}", "lr": lr, "beta": beta, "seed": seed, "status": "done", "value": value + seed,
+             "train_loss_last": loss, "chosen": chosen}
+            for cell, lr, beta, value, loss, chosen in points for seed in (0, -1)
+        ]
+    )  # fmt: skip
+    trials.loc[(trials["beta"] == 0.8) & (trials["seed"] == 0), "status"] = "diverged"
+    head, _, sgp, every = blocks.trials("cifar10_small", trials).splitlines()
+    assert head == "|  | rate | without | β = 0.2 | β = 0.4 | β = 0.8 |"
+    assert sgp == "| SGP | 0.3 | 60.50 | **61.50**, × 1.50 |  | diverged |"
+    assert every == "| AR-SGD | 0.3 | 62.50 |  |  |  |"
+    assert blocks.trials("cifar10_small", trials.iloc[:0]) == "Not run yet: `python scripts/tune.py cifar10_small`.\n"
+
+
 def test_a_picture_that_is_not_drawn_is_said(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(
