@@ -105,8 +105,11 @@ def test_where_two_outcomes_are_primary_both_verdicts_stand(tmp_path):
 
 def test_trials_of_beta_stand_beside_their_base_at_its_rate():
     """Two seeds of each: the base at two rates, β at the chosen one alone; a mean with a diverged seed is none."""
-    points = [("sgp", 0.1, None, 60.0, 0.4, False), ("sgp", 0.3, None, 61.0, 0.2, True), ("slowmo_sgp", 0.1, 0.4, 70.0, 0.1, False),
-              ("slowmo_sgp", 0.3, 0.2, 62.0, 0.3, True), ("slowmo_sgp", 0.3, 0.8, 50.0, 0.1, False), ("ar_sgd", 0.3, None, 63.0, 0.1, True)]  # fmt: skip
+    points = [
+        *(("sgp", 0.1, None, 60.0, 0.4, False), ("sgp", 0.3, None, 61.0, 0.2, True), ("ar_sgd", 0.3, None, 63.0, 0.1, True)),
+        *(("slowmo_sgp", 0.1, 0.4, 70.0, 0.1, False), ("slowmo_sgp", 0.3, 0.2, 62.0, 0.3, True)),
+        ("slowmo_sgp", 0.3, 0.8, 50.0, 0.1, False),
+    ]
     trials = pd.DataFrame(
         [
             {"experiment": f"cifar10_small_{cell}", "lr": lr, "beta": beta, "seed": seed, "status": "done", "value": value + seed,
