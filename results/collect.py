@@ -86,14 +86,14 @@ def check_settings(path: Path, but: tuple[str, ...] = ()) -> None:
     typed = tuple(word.partition("=")[0].replace("/", ".") for word in run.overrides)
     if run.overrides and re.fullmatch("[0-9a-f]{12}", run.overrides[-1]):  # a long name was cut off
         return
-    for key, value in _settings(run.experiment).items():
+    for key, value in settings(run.experiment).items():
         named = any(key == word or key.startswith(f"{word}.") for word in typed)
         if not named and not key.startswith((*IGNORED_KEYS, *but)) and key in has and has[key] != value:
             raise ValueError(f"{key} is {has[key]} in it and {value} in {run.experiment} now: move it away, and run it again")
 
 
 @functools.cache
-def _settings(experiment: str) -> dict:
+def settings(experiment: str) -> dict:
     """The experiment's keys with what they stand for, but for those that follow other keys; none of a user's own, which is elsewhere."""
     if not (CONFIGS / f"experiment/{experiment}.yaml").exists():
         return {}

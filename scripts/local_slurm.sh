@@ -11,6 +11,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 fail() { echo "local_slurm: $*" >&2; exit 1; }
 [ $# -ge 1 ] || fail "usage: scripts/local_slurm.sh start [NODES] [FOLDER] | stop [FOLDER]"
 
+ours() { [ -e "$1/etc/munge.key" ] && grep -qsx 'ClusterName=local' "$1/etc/slurm.conf"; }
+
 stop() {
     local pids=() file pid
     for file in "$folder"/run/slurmd.*.pid "$folder"/run/slurmctld.pid "$folder"/run/munged.pid; do
@@ -32,7 +34,7 @@ stop() {
 
 if [ "$1" = stop ]; then
     folder=$(realpath -m "${2:-$here/.slurm}")
-    [ -d "$folder/etc" ] || fail "no cluster in $folder"
+    ours "$folder" || fail "no cluster of this script's in $folder"
     stop
     exit
 fi
@@ -43,7 +45,10 @@ folder=$(realpath -m "${3:-$here/.slurm}")
 for tool in slurmctld slurmd munged unshare; do
     command -v $tool >/dev/null || fail "$tool is missing. On Debian and Ubuntu: apt install slurm-wlm munge"
 done
-[ ! -e "$folder" ] || fail "$folder is there already: scripts/local_slurm.sh stop $folder"
+if [ -e "$folder" ]; then
+    ours "$folder" || fail "$folder is there already, and no cluster of this script's: name another folder"
+    fail "$folder is there already: scripts/local_slurm.sh stop $folder"
+fi
 trap 'stop >&2' ERR INT TERM
 mkdir -p "$folder"/{etc,log,run,state,spool}
 chmod 755 "$folder"

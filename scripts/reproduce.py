@@ -2,7 +2,7 @@
 
     python scripts/reproduce.py table1 --data cifar10_small             Table 1 on the stand-in: 35 runs
     python scripts/reproduce.py table1 table2 fig3 ablations --data cifar10_small --dry-run
-    python scripts/reproduce.py table1 --data paper --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
+    python scripts/reproduce.py table1 --data imagenet --launcher slurm_dgx1 --seeds 1,2,3 -- data.root=FOLDER
 
     python scripts/reproduce.py looks --data cifar10_small_loss --most 20 --publish
 
@@ -199,7 +199,10 @@ def table(ended) -> str:
 
 
 def run_all(missing, options, extra) -> list:
-    """Run them, so many at once; (job, status, minutes, last words) of each. Ctrl-C: each saves and stops, nothing new starts."""
+    """Run them, so many at once; (job, status, minutes, last words) of each. Ctrl-C: each saves and stops, nothing new starts.
+
+    SIGTERM makes a run.py that follows a job of SLURM's cancel it (launch.follow).
+    """
     cluster = options.launcher.startswith("slurm")
     words = [f"launch={options.launcher}", *(["launch.wait=true"] if cluster else []), *extra]
     children, collecting = set(), threading.Lock()
@@ -238,7 +241,8 @@ def run_all(missing, options, extra) -> list:
             stopping.set()
             for child in list(children):
                 child.terminate()
-            progress.console.print("stopping: what runs saves first; the same command goes on from there")
+            jobs = ", and their jobs are cancelled" * cluster
+            progress.console.print(f"stopping: runs save first{jobs}; the same command goes on from there")
     return [future.result() for future in futures]
 
 

@@ -1,7 +1,7 @@
 """Tuning by results/protocol.md: for each base the peak learning rate, then β of SlowMo over it at that rate.
 
     python scripts/tune.py cifar10_small_loss --publish          every base; trials that are listed already are not run again
-    python scripts/tune.py cifar10 --seeds 0 --launcher slurm -- data.root=FOLDER
+    python scripts/tune.py cifar10 --seeds 0 --launcher slurm_dgx1 -- data.root=FOLDER
 
 Rates go by factors of √3. A grid grows while its best lies at its edge. A trial has its experiment's own length, a seed that no table uses
 and, where there are such, pictures that are for tuning alone. The best has the best mean over seeds of the last value: of the training
@@ -67,6 +67,10 @@ def main() -> int:
             except RuntimeError as error:  # the other bases go on
                 print(f"{base}: {error}", file=sys.stderr, flush=True)
                 code = 1
+            except KeyboardInterrupt:  # it came to the trials too
+                pool.shutdown(wait=False, cancel_futures=True)
+                print("stopping: what trains saves first; the same command goes on from there", flush=True)
+                return 130
     return code
 
 
@@ -137,8 +141,8 @@ class Tuner:
         return float(found["value"].mean()) * (1 if self.metric == "accuracy_last" else -1)
 
     def gather(self, experiment: str) -> None:
-        """Put this experiment's finished trials into the list."""
-        lines = []
+        """Put this experiment's finished trials into the list; those of the length or outcome that it had before leave it."""
+        now, lines = length(collect.settings(experiment)), []
         for path in sorted((ROOT / "trials").glob(f"{experiment}*/seed*/result.json")):
             run = RunId.parse(path.parts[-3])
             others = any(word.partition("=")[0] not in VARIED for word in run.overrides)
@@ -152,12 +156,13 @@ class Tuner:
                 print(f"{path.parent} counts as missing: {error}", file=sys.stderr)
                 continue
             config = collect.config(path.parent)
-            length = f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"
-            lines.append((experiment, config["optimizer"]["lr"], config["outer"].get("beta"), line["seed"], length, line["status"],
+            lines.append((experiment, config["optimizer"]["lr"], config["outer"].get("beta"), line["seed"], length(config), line["status"],
                           self.metric, line[self.metric], line["train_loss_last"], False, line["commit"]))  # fmt: skip
         lines = pd.DataFrame(lines, columns=COLUMNS)
         with self.lock:
-            parts = [part for part in (self.trials, lines) if len(part)]
+            t = self.trials
+            known = t[(t["experiment"] != experiment) | (t["length"] == now) & (t["metric"] == self.metric)]
+            parts = [part for part in (known, lines) if len(part)]
             if parts:
                 self.trials = pd.concat(parts).drop_duplicates(COLUMNS[:4], keep="first").reset_index(drop=True)
                 self.save()
@@ -175,6 +180,10 @@ class Tuner:
 
     def save(self) -> None:
         self.store.write("trials", self.trials.sort_values(COLUMNS[:4], kind="stable"))
+
+
+def length(config: dict) -> str:
+    return f"epochs={config['epochs']:g}" if config["epochs"] else f"steps={config['steps']}"
 
 
 def grid(first: float) -> dict[int, float]:

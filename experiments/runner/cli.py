@@ -134,6 +134,9 @@ def sweep(main, jobs: list[list[str]]) -> int:
         done.append(_run(main, words))
         if done[-1].interrupted:
             done += [Outcome(rest, "not started") for rest in jobs[k + 1 :]]
+            for one in done:
+                if one.elsewhere and one.elsewhere[0].launch.name == "slurm":
+                    one.status, one.elsewhere = "not started", None
             break
     code = max(_submit(done), *(one.code for one in done))
     say(table(done))
@@ -201,6 +204,8 @@ def expand(words: list[str]) -> list[list[str]] | None:
     """The commands of a sweep's jobs, as Hydra's own sweeper makes them out; None where it is no sweep, or one of a sweeper plugin's."""
     args = get_args_parser().parse_intermixed_args(words)
     many = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    if (args.cfg or args.info) and many:
+        raise ValueError("--cfg and --info show one run's config: leave -m out, and the values of a sweep")
     if not many or any(word.lstrip("+").startswith(("hydra/sweeper", "hydra/launcher")) for word in args.overrides):
         return None
     flags = [f"--{name.replace('_', '-')}={value}" for name in ("config_path", "config_name", "config_dir")

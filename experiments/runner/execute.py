@@ -23,7 +23,7 @@ from slowmo.evaluate import evaluate, evaluate_workers
 from slowmo.state import load_state_dict, state_dict
 from slowmo.train import TrainingMeter, train
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
 DIVERGED = 1000  # above every signal's number
 # exit codes, besides 128 + a signal's number: see launch.py
@@ -39,6 +39,7 @@ def execute(cfg: DictConfig, task, schedule, steps: int, path: Path) -> int:
     cluster = Cluster(cfg.workers, cfg.cluster.device, cfg.cluster.timeout)
     try:
         with contextlib.ExitStack() as held:
+            held.callback(task.close)
             code = _execute(cfg, task, schedule, steps, path, cluster, held)
     except OSError as error:
         if error.errno is None:  # its words name the remedy
@@ -226,12 +227,13 @@ def _lost(error: RuntimeError) -> bool:
 
 
 class _signals:
-    """While training, SIGTERM, SIGUSR1 and Ctrl-C are noted for the loop; a second one acts as usual."""
+    """While training, SIGTERM, SIGUSR1, Ctrl-C and a terminal that closes are noted for the loop; a second one acts as usual."""
 
     def __enter__(self):
         self.before = {}
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self.before[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
         stopped_by[0] = number

@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 RUN = Path(__file__).parents[2] / "run.py"
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "FORGOTTEN", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
 
 @dataclasses.dataclass
@@ -109,7 +109,9 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         for rank in range(count):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
@@ -202,27 +204,44 @@ def submit(launch: DictConfig, runs: str, commands: list[Command]) -> int:
 
 
 def follow(jobs) -> int:
-    """Print what process 0 of each job prints until all have ended; the largest of their exit codes. Ctrl-C leaves the jobs alone."""
-    read, ended = dict.fromkeys(range(len(jobs)), 0), {}
-    while len(ended) < len(jobs):
-        time.sleep(0.5)
-        for k, job in enumerate(jobs):
-            if k in ended:
-                continue
-            state, code = state_of(job.job_id)
-            with contextlib.suppress(FileNotFoundError), open(job.paths.stdout) as file:
-                file.seek(read[k])
-                for line in file:
-                    print(f"{job.job_id}: {line}" if len(jobs) > 1 else line, end="", flush=True)
-                read[k] = file.tell()
-            if state in ENDED:
-                ended[k] = code or int(state != "COMPLETED")
-                print(f"job {job.job_id}: {state}", flush=True)
-    return max(ended.values())
+    """Print what process 0 of each job prints until all have ended; the largest of their exit codes.
+
+    Ctrl-C leaves the jobs alone. SIGTERM, by which a script that waits for this ends it, cancels them: a run that is cancelled saves.
+    """
+    read, ended, pause, cancelled = dict.fromkeys(range(len(jobs)), 0), {}, 0.5, []
+
+    def cancel(number, frame):
+        cancelled.append(number)
+        subprocess.run(["scancel", *{job.job_id.partition("_")[0] for job in jobs}])
+
+    before = signal.signal(signal.SIGTERM, cancel)
+    try:
+        while len(ended) < len(jobs):
+            time.sleep(pause)
+            pause = min(5.0, 1.05 * pause)  # a column of the paper's is 35 of us asking
+            for k, job in enumerate(jobs):
+                if k in ended:
+                    continue
+                state, code = state_of(job.job_id)
+                with contextlib.suppress(FileNotFoundError), open(job.paths.stdout) as file:
+                    file.seek(read[k])
+                    for line in file:
+                        print(f"{job.job_id}: {line}" if len(jobs) > 1 else line, end="", flush=True)
+                    read[k] = file.tell()
+                if state in ENDED:
+                    ended[k] = code or int(state != "COMPLETED")
+                    print(f"job {job.job_id}: {state}", flush=True)
+    except KeyboardInterrupt:
+        print("the jobs go on without being followed", flush=True)
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 128 + cancelled[0] if cancelled else max(ended.values())
 
 
 def state_of(job: str) -> tuple[str, int]:
-    """SLURM's word for a job's state, UNKNOWN where SLURM does not answer; and its exit code."""
+    """SLURM's word for a job's state, and its exit code. UNKNOWN where SLURM does not answer, FORGOTTEN where it answers so."""
     done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
     found = dict(word.partition("=")[::2] for word in done.stdout.split())
-    return found.get("JobState", "UNKNOWN"), int(found.get("ExitCode", "0:0").partition(":")[0])
+    forgotten = "Invalid job id" in done.stderr  # some minutes after its end
+    return found.get("JobState", "FORGOTTEN" if forgotten else "UNKNOWN"), int(found.get("ExitCode", "0:0").partition(":")[0])

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -58,7 +59,7 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
-            print(f"step {step}/{self.steps}  {text}  lr {lr:.4g}  {_clock((self.steps - step) / max(rate, 1e-9))} left", flush=True)
+            _print(f"step {step}/{self.steps}  {text}  lr {lr:.4g}  {_clock((self.steps - step) / max(rate, 1e-9))} left")
 
     def row(self, row: dict) -> None:
         """A metric row: five short columns."""
@@ -76,7 +77,7 @@ class Progress:
         if self.bar:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.is_main:
-            print(text, flush=True)
+            _print(text)
         self.write(text)
 
     def write(self, text: str) -> None:
@@ -86,6 +87,13 @@ class Progress:
                 self.log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
             except OSError:  # a full disk: what matters writes too, and says so
                 self.log = None
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read along has gone: the run is worth more, and log.txt has the words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _number(value: float | None, form: str) -> str:

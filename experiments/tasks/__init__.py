@@ -35,3 +35,6 @@ class Task:
     def finish(self, models: list, cluster) -> dict:
         """What result.json says besides, found after the last step by all processes. models: files of the last averaged models."""
         return {}
+
+    def close(self) -> None:
+        """The run has ended, in whatever way; in a sweep another follows in this process."""

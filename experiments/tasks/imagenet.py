@@ -90,7 +90,7 @@ class ImageNet(HalfPrecision):
         if self.num_loader_workers and asked == self._next:  # the second step in a row: from now on the loaders work ahead
             if self._ahead is None:
                 self._ahead = iter(self._loader(self._keys(*asked), "train"))
-                atexit.register(self._stop)  # later, and so run before, what multiprocessing has registered: that would wait
+                atexit.register(self.close)  # later, and so run before, what multiprocessing has registered: that would wait
             pieces = self._ahead
         else:  # a step of its own: another's prefetched batches stay
             keys = self._keys(*asked)
@@ -134,8 +134,10 @@ class ImageNet(HalfPrecision):
             return f"not there: drawn under {root} from Debian's fonts when the run begins"
         return str(root) if all((root / part).is_dir() for part in ("train", "val")) else f"not there: {root}/train and {root}/val"
 
-    def _stop(self) -> None:
-        self._ahead = None
+    def close(self) -> None:
+        """End the loaders."""
+        self._next = self._ahead = None
+        atexit.unregister(self.close)
 
     def _keys(self, step: int, workers, part: tuple[int, int]):
         """Without end, from `step` on: for each worker the (epoch, picture) of its batch's part."""
@@ -288,6 +290,6 @@ def _collate(samples):
 
 def _deaf(_) -> None:
     """A loader leaves signals to its run, which finishes its step and saves; a second SIGTERM ends it, the first may be everybody's."""
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,5 +1,6 @@
 """ImageNet's task on JPEG files in its layout: order, augmentation, loaders, damaged files, the list of files, the networks."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -150,6 +151,10 @@ def test_loaders_give_the_same_batches(loaders, make):
             assert same(plain.batches(step, range(2), (0, 1)), task.batches(step, range(2), (0, 1)))
             with torch.no_grad():
                 assert plain.evaluate(model, (0, 2)) == task.evaluate(model, (0, 2))
+    assert multiprocessing.active_children()
+    task.close()
+    assert not multiprocessing.active_children()
+    assert same(plain.batches(20, range(3), (0, 1)), task.batches(20, range(3), (0, 1)))  # and it may go on
 
 
 def test_parts_make_the_batch(make):

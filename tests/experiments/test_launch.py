@@ -232,13 +232,52 @@ def test_the_plan_of_a_job(tmp_path):
         "NCCL_SOCKET_IFNAME=enp1s0f0" in out and re.search("srun .* --cpus-per-task=10 ", out) and 'scontrol requeue "$SLURM_JOB_ID"' in out
     )
     assert not (tmp_path / "runs").exists()
-    wmt = run("experiment=cifar10_sgp", "launch=slurm_dgx1", "workers=8", "dry_run=true", cwd=tmp_path, path=str(tmp_path))[1]
-    assert "#SBATCH --nodes=8\n" in wmt  # a node a worker
+    cifar10 = run("experiment=cifar10_sgp", "launch=slurm_dgx1", "workers=8", "dry_run=true", cwd=tmp_path, path=str(tmp_path))[1]
+    for line in ("--nodes=8", "--ntasks-per-node=1", "--gpus-per-node=1"):  # a node a worker, of which the paper's takes one GPU
+        assert f"#SBATCH {line}\n" in cifar10, line
 
 
 def test_what_sbatch_refuses_is_said(tmp_path, pretended):
     code, out, err = run(*QUADRATIC, "steps=30", "launch=slurm", cwd=tmp_path, path=pretended)
     assert code == 2 and "error: sbatch refused the job: " in err and "no cluster answers" in err
+
+
+@pytest.fixture
+def forgetful(tmp_path, pretended):
+    """A cluster that takes jobs and writes down what is cancelled; `answer` is what it knows of them: nothing any more."""
+    (tmp_path / "bin/sbatch").write_text('#!/bin/sh\necho "Submitted batch job 7"\n')
+    (tmp_path / "bin/scancel").write_text('#!/bin/sh\necho "$@" >> cancelled\necho "JobState=CANCELLED ExitCode=0:15" > answer\n')
+    (tmp_path / "bin/scancel").chmod(0o755)
+    (tmp_path / "bin/scontrol").write_text('#!/bin/sh\n[ -e answer ] && exec cat answer\necho "Invalid job id specified" >&2\nexit 1\n')
+    return pretended
+
+
+def test_a_job_that_slurm_has_forgotten_is_not_waited_for(tmp_path, forgetful):
+    code, out, err = run(*QUADRATIC, "steps=30", "launch=slurm", "launch.wait=true", cwd=tmp_path, path=forgetful)
+    assert code == 1 and "job 7: FORGOTTEN\n" in out, out + err
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGTERM, "job 7: CANCELLED\n"), (signal.SIGINT, "jobs go on without being followed\n")])
+def test_who_waits_for_jobs_and_is_ended_cancels_them_and_ctrl_c_does_not(number, said, tmp_path, forgetful):
+    (tmp_path / "answer").write_text("JobState=RUNNING ExitCode=0:0\n")
+    started = start(*QUADRATIC, "steps=30", "launch=slurm", "launch.wait=true", cwd=tmp_path, path=forgetful)
+    while "watch: " not in (line := started.stdout.readline()):
+        assert line, started.stderr.read()
+    time.sleep(1.0)
+    started.send_signal(number)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 128 + number and out.endswith(said) and not err, out + err
+    assert (tmp_path / "cancelled").exists() == (number == signal.SIGTERM)
+
+
+def test_a_sweep_that_is_interrupted_submits_nothing(tmp_path, forgetful):
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\ntouch submitted\n")
+    started = start("-m", *QUADRATIC, "steps=30", "seed=range(1,200)", "launch=slurm", cwd=tmp_path, path=forgetful)
+    time.sleep(8)  # among the first of them
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGINT and "1 stopped" in out and "198 not started" in out, out + err
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_a_rendezvous_that_fails_names_host_and_port(tmp_path):

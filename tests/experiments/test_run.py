@@ -307,6 +307,11 @@ def test_through_torchrun(straight, tmp_path):
 SHORT = ("task=quadratic", "workers=4", "steps=6", "outer.tau=3", "dtype=float64")
 
 
+def test_a_sweep_s_config_is_not_shown_but_neither_does_it_train(tmp_path):
+    done = command("-m", "--cfg", "job", *SHORT, "seed=1,2", cwd=tmp_path)
+    assert done.code == 2 and "--cfg and --info show one run's config: leave -m out" in done.err and not (tmp_path / "runs").exists()
+
+
 def test_a_refusal_does_not_end_a_sweep(tmp_path):
     """Nor does one that Hydra itself finds, nor an error that nobody foresaw; the largest exit code is the sweep's."""
     done = command("-m", *SHORT, "outer.beta=1.5,0.5", "seed=1,2", cwd=tmp_path)
@@ -628,6 +633,29 @@ def test_stopped_from_outside(tmp_path):
     folder = finished(*words, cwd=tmp_path)
     expected = finished(*words, f"runs={tmp_path / 'straight'}", cwd=tmp_path)
     assert rows(folder) == rows(expected) and (arrays(folder)["x"] == arrays(expected)["x"]).all()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_saves_and_nohup_goes_on(ignored, tmp_path):
+    def before(rank):
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal_at_step(13, signal.SIGHUP)(rank)
+
+    done = command(*SGP, cwd=tmp_path, before=before)
+    assert done.code == (0 if ignored else 128 + signal.SIGHUP) and ("SIGHUP: saved at step" in done.out) != ignored, done.text
+
+
+@pytest.mark.slow
+def test_who_reads_along_may_go(tmp_path):
+    """As with `run.py ... | head`: the run goes on to its end, and its words are in log.txt."""
+    words = ("task=quadratic", "workers=2", "steps=300", "evaluate.every=50", f"runs={tmp_path / 'runs'}")
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and not err
+    assert "done: " in next(tmp_path.rglob("log.txt")).read_text()
 
 
 # ---- asked again

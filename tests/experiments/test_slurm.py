@@ -233,3 +233,13 @@ def test_waiting_follows_the_log(slurm, tmp_path):
     assert "  50/60 " in done.stdout and re.search(r"job \d+: COMPLETED", done.stdout), done.stdout
     failed = run(*words, "steps=60", "launch=slurm", "launch.wait=true", "launch.setup=['exit 3']", "runs=other", cwd=tmp_path)
     assert failed.returncode == 3 and "FAILED" in failed.stdout
+
+
+def test_who_waits_and_is_ended_cancels_the_job_which_saves(slurm, tmp_path):
+    words = [sys.executable, str(ROOT / "run.py"), *QUADRATIC, "steps=1000000", "launch=slurm", "launch.wait=true"]
+    started = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not re.search(r"\d+/1000000 ", line := started.stdout.readline()):
+        assert line
+    started.terminate()
+    said, _ = started.communicate(timeout=100)
+    assert started.returncode == 128 + signal.SIGTERM and "saved at step" in said and "CANCELLED" in said, said

@@ -260,6 +260,8 @@ def test_bleu_without_references_says_so(trained):
         raw.unlink()
         facts = task.score("valid", translations)
         assert facts["references"] == "data-bin, detokenised" and facts["bleu"] > 20
+        raw.write_text(text.replace(" ", "\u2028", 1))  # no end of a line to fairseq
+        assert task.score("valid", translations)["bleu"] > 20
         raw.write_text("one line\n")
         with pytest.raises(ValueError, match="valid.raw.de has 1 lines for 14 sentences"):
             task.score("valid", translations)

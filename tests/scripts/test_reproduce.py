@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ TINY = ("workers=2", "steps=2", "task.batch_size=8", "task.width=2", "data.train
 
 def ended(folder, experiment, value, seed=1, status="done", metric="accuracy", **config):
     """A run's folder as a run leaves it, as far as collecting reads it."""
-    own = {key: value for key, value in collect._settings(experiment).items() if key in ("workers", "steps", "epochs")}
+    own = {key: value for key, value in collect.settings(experiment).items() if key in ("workers", "steps", "epochs")}
     config = {"workers": 32, "steps": 600, "epochs": None} | own | {"seed": seed, "task": {}, "optimizer": {}, "outer": {}} | config
     row = {"step": 600, "epoch": 1.0, "seconds": 60.0, metric: value, "train_loss": 1.0}
     result = {"status": status, "seed": seed, "step": 600, "experiment": experiment, "processes": 1, "commit": "c",
@@ -217,6 +219,34 @@ def test_what_was_chosen_is_written_where_it_is_used(checkout, script):
     listed = pd.read_csv(checkout / "results/data/trials.csv")
     mine = listed[listed["commit"] == "c"]  # beside the published ones; one of another length is none of this experiment's
     assert len(mine) == len(list(checkout.glob("trials/*/*/result.json"))) - 1 and mine["value"].max() < 99
+
+
+def test_trials_of_another_length_count_no_more(checkout, script, monkeypatch):
+    """The experiment has become longer since it was tuned: nothing is chosen from what was tried before."""
+    tuned(checkout, BEST)
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: asked.append(words) or subprocess.CompletedProcess(words, 1, "", "stopped"))
+    assert not script(tune, "cifar10_small")[0] and not asked
+    path = checkout / "results/mine/data/trials.csv"
+    shutil.rmtree(checkout / "trials")
+    path.write_text(path.read_text().replace("steps=2400", "steps=1200"))
+    assert script(tune, "cifar10_small")[0] == 1 and len(asked) == 4
+    assert all({"seed=0,-1", "optimizer.lr=0.1,0.17,0.3"} <= set(words) for words in asked)
+
+
+def test_ctrl_c_ends_tuning(checkout, script, monkeypatch):
+    """Trials get it too and stop; no other base begins."""
+    asked = []
+
+    def run(words, **_):
+        asked.append(words)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        return subprocess.CompletedProcess(words, 130, "", "SIGINT: saved")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    code, out, err = script(tune, "cifar10_small", "--jobs", "1")
+    assert code == 130 and len(asked) == 1 and "the same command goes on from there" in out
 
 
 def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):

@@ -148,6 +148,13 @@ def test_a_quickstart_that_fails_says_why_and_draws_nothing(tmp_path, monkeypatc
     assert end.value.code == 2 and "\nlocal_sgd        error: outer.tau=0\n" in said and "picture" not in said
 
 
+def test_a_folder_that_is_no_cluster_of_ours_is_never_deleted(tmp_path):
+    (tmp_path / "etc").mkdir()
+    for words in (("stop", tmp_path), ("stop", tmp_path / "none")):
+        done = subprocess.run([ROOT / "scripts/local_slurm.sh", *words], capture_output=True, text=True)
+        assert done.returncode == 1 and "no cluster of this script's" in done.stderr and (tmp_path / "etc").is_dir()
+
+
 def test_samples_are_in_columns_of_a_class():
     colours = ["red", "lime", "blue"]
     sheet = samples.sheet([[Image.new("RGB", (32, 32), colour)] * samples.ROWS for colour in colours]).convert("RGB")
