@@ -105,15 +105,18 @@ def loss(data: str, runs: Runs, curves: Curves):
 
 
 def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: bool = False):
-    """A column of curves.csv against epochs, each base with and without SlowMo, AllReduce beside it; the band is over the workers' own
-    models, of runs with evaluate.band=true where there are some."""
+    """A column of curves.csv against epochs, each base with and without SlowMo, AllReduce beside it.
+
+    The band is over the workers' own models, of runs with evaluate.band=true where there are some. These may have fewer seeds than the
+    line: the band keeps its distance to their own line.
+    """
     every = table1(data)[-1]
     pairs = [(base, f"slowmo_{base}") for base in table1(data) if f"slowmo_{base}" in table1(data)]
     pairs = [pair for pair in pairs if any(len(curves.of(f"{data}_{cell}")) for cell in pair)]
     if not pairs:
         return None
     figure, axes = plt.subplots(1, len(pairs), sharey=True, figsize=(2.6 * len(pairs) + 0.8, 3.2), squeeze=False)
-    banded = False
+    banded = set()  # numbers of seeds
     for axis, pair in zip(axes[0], pairs):
         for cell in (*pair, every):
             found = curves.of(f"{data}_{cell}")
@@ -124,21 +127,22 @@ def paired(data: str, curves: Curves, name: str, words: str, corner: str, log: b
             if cell == every:
                 continue
             judged = curves.of(f"{data}_{cell},evaluate.band=true")
-            found = judged if len(judged) else found
-            if f"{name}_worker_min" not in found:
+            judged = judged if len(judged) else found
+            if f"{name}_worker_min" not in judged or judged[f"{name}_worker_min"].isna().all():
                 continue
+            banded.add(int(judged["seeds"].max()))
+            low, high = (judged[f"{name}_worker_{end}"] - judged[name] + found[name] for end in ("min", "max"))
             band = {"alpha": 0.25} if style["marker"] else {"alpha": 0.1, "hatch": "///"}
-            banded |= found[f"{name}_worker_min"].notna().any()
-            axis.fill_between(
-                found["epoch"], found[f"{name}_worker_min"], found[f"{name}_worker_max"], color=style["color"], linewidth=0, **band
-            )
+            axis.fill_between(found["epoch"], low, high, color=style["color"], linewidth=0, **band)
         axis.set(xlabel="epochs", title=LABELS[pair[0]])
         axis.legend(loc=corner)
     if log:
         axes[0][0].set_yscale("log")
     axes[0][0].set_ylabel(words)
-    what = "band: least and largest of the workers' own models just before the average, mean over seeds" if banded else ""
-    return titled(figure, data, what)
+    many = " or ".join(map(str, sorted(banded)))
+    many += " seed" if many == "1" else " seeds"
+    what = f"band: least and largest of the workers' own models just before the average, about the line, in {many}"
+    return titled(figure, data, what if banded else "")
 
 
 def forest(runs: Runs):
