@@ -36,6 +36,7 @@ class Step:
         self.device, self.words = torch.device(device), words
         with hydra.initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
             self.cfg = cfg = config.compose([*words, f"cluster.device={device}"]).cfg
+        build.arithmetic(cfg.cluster)
         self.task, m = build.build(cfg.task), cfg.workers
         if random:
             batches = [pictures(self.task, self.device) for _ in range(m)]
@@ -121,8 +122,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     it = Step(options.overrides, options.random, options.device)
+    torch.set_num_threads(options.threads)
     times = it.measure(options.rounds, functools.partial(print, flush=True))
 
     def show(text, values):

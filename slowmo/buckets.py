@@ -45,8 +45,8 @@ class Segment:
     """x: Parameter `[n, d]`; grad: tensor `[n, d]`; group, fragment: the number of each; places: of its parameters.
 
     members: (parameter, its view of x, its view of grad), all parameters of the first worker, then of the second, and so on.
-    d is a multiple of 64 bytes and parameters start at multiples of 16, the rest is zeros: an element then meets the same vector
-    instruction under every layout, so that gossip gives the same bits.
+    d is a multiple of 64 bytes and parameters start at multiples of 32, the rest is zeros: an element then meets the same vector
+    instruction under every layout, so that gossip gives the same bits; and cuDNN treats parameters as it does those of any model.
     """
 
     def __init__(self, group: int, fragment: int, places: list[Place], rows: int, dtype: torch.dtype, device: torch.device):
@@ -214,7 +214,7 @@ def _segments(parameters: Named, kinds: list[tuple[int, int]], piece: list[int],
                 name, p = parameters[index]
                 stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
                 places.append(Place(name, index, offset, p.shape, stride))
-                offset = _rounded(offset + p.numel(), 16 // dtype.itemsize)
+                offset = _rounded(offset + p.numel(), 32 // dtype.itemsize)
         segments.append(Segment(group, fragment, places, rows, dtype, parameters[piece[0]][1].device))
     return segments
 

@@ -217,8 +217,9 @@ class Cluster:
         """`[...]`, different on each rank of a worker -> `[g, ...]`, the same on all of them."""
         if self.worker_size == 1:
             return values.unsqueeze(0)
-        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.worker_size)]
-        dist.all_gather(parts, values.contiguous(), group=self._inside)
+        values = values.to(self.device).contiguous()  # nccl knows no CPU
+        parts = [torch.empty_like(values) for _ in range(self.worker_size)]
+        dist.all_gather(parts, values, group=self._inside)
         return torch.stack(parts)
 
     def barrier(self) -> None:

@@ -107,10 +107,14 @@ class Graphs:
             yield
 
     def _capture(self, call: Callable[[], None], k: int) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # what threads do that read data or watch collectives is none of the graph's business
-        with torch.cuda.graph(graph, pool=self.pools[k], stream=self.streams[k], capture_error_mode="thread_local"):
-            call()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.losses.device)
+        try:
+            # what threads do that read data or watch collectives is none of the graph's business
+            with torch.cuda.graph(graph, pool=self.pools[k], stream=self.streams[k], capture_error_mode="thread_local"):
+                call()
+        except RuntimeError as error:  # ending a capture that failed fails too, which hides the reason and leaves the stream on
+            torch.cuda.set_stream(current)
+            raise (error.__context__ if isinstance(error.__context__, RuntimeError) else error) from None
         return graph.replay
 
 

@@ -50,7 +50,9 @@ class TrainingMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
+        """What happens inside is not training; what a GPU still has to do is."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         begun = time.perf_counter()
         yield
         self.started += time.perf_counter() - begun

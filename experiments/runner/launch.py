@@ -101,7 +101,7 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children, given = [], [0]
+    children, given, late = [], [0], []
 
     def forward(number, frame):
         given[0] = given[0] or number * (frame is not None)
@@ -127,6 +127,7 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
             if deadline is None and any(child.poll() for child in children):
                 deadline = time.monotonic() + 5  # the others notice by themselves, unless they hang or have not met yet
             if deadline and time.monotonic() > deadline:
+                late = late or [child for child in children if child.poll() is None]
                 forward(signal.SIGKILL, None)
             time.sleep(0.05)
     finally:
@@ -135,7 +136,8 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
         for child in children:
             if child.poll() is None:
                 child.kill()
-    codes = [child.returncode if child.returncode >= 0 else 128 - child.returncode for child in children]
+    # how the others ended is what happened
+    codes = [child.returncode if child.returncode >= 0 else 128 - child.returncode for child in children if child not in late]
     return max(codes), given[0]
 
 

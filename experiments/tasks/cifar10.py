@@ -55,8 +55,10 @@ class Cifar10(HalfPrecision):
             raise ValueError(f"{self.batch} pictures per worker over its {part[1]} processes: choose task.batch_size so that it divides")
         size = self.batch // part[1]
         start = position * self.batch + part[0] * size
-        drawn = torch.cat([self._draw(epoch, i)[:, start : start + size] for i in workers], dim=1).to(self.device)
-        index, top, left, flip = drawn
+        drawn = torch.cat([self._draw(epoch, i)[:, start : start + size] for i in workers], dim=1)
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()  # the copy does not wait for what the GPU has still to do
+        index, top, left, flip = drawn.to(self.device, non_blocking=True)
         train = self._pictures()["train"]
         pictures = train["windows"][index, :, top, left]
         pictures = torch.where(flip.bool()[:, None, None, None], pictures.flip(-1), pictures)

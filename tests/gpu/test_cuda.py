@@ -5,17 +5,20 @@
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Command, arrays
+from commands import arrays, free_port
 from helpers import BASES, build, run
 
 import slowmo
 from benchmarks import iterates
 from benchmarks.gpu import WAYS
 from experiments.tasks.quadratic import Quadratic
+from experiments.tasks.resnet import ResNet
 from slowmo import passes
 from slowmo.cluster import Cluster
 
@@ -56,6 +59,24 @@ def test_a_network_is_a_cpus_however_it_is_computed(way):
     torch.testing.assert_close(iterates.network(DEVICE, **WAYS[way]), iterates.network("cpu"), rtol=1e-9, atol=1e-9)
 
 
+def test_a_graph_of_a_network_at_its_own_settings():
+    """float32 and cuDNN's search, whose findings hold for weights at the same alignment: the warm-up's must be those of the rows."""
+    if DEVICE == "cpu":
+        pytest.skip("a graph needs a GPU")
+    model = ResNet([1, 1, 1, 0], 16, 10, stride=2).to(DEVICE, memory_format=torch.channels_last)
+    replicas = slowmo.Replicas(model, Cluster(2, DEVICE))
+    losses, batch = torch.zeros(2, dtype=torch.float64, device=DEVICE), torch.randn(8, 3, 32, 32, device=DEVICE)
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        call = passes.prepared(replicas, lambda model, x: model(x).square().mean(), losses, batch, graph=True)
+        for row in range(2):
+            call(row, batch)
+        call.finish()
+    finally:
+        torch.backends.cudnn.benchmark = before
+    assert losses[0] == losses[1] > 0
+
+
 @pytest.mark.parametrize("way", [{"graph": True}, {"compile": True}, {"compile": True, "graph": True}], ids=str)
 def test_dropout_is_the_loop_s(way):
     if DEVICE == "cpu" and "graph" in way:
@@ -80,9 +101,16 @@ def test_a_process_group_of_one_rank():
 
 
 def finished(cwd, *words, processes=1) -> Path:
-    """A run in a process of its own, which starts CUDA anew; its folder."""
-    done = Command(*words, cwd=cwd, processes=processes).wait(280)
-    assert done.codes == [0] * processes, done.text
+    """A run in processes of their own, not forked from this one, whose CUDA could not be used there; its folder."""
+    meeting = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = []
+    for rank in range(processes):
+        more = meeting | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        environment = os.environ | {name: str(value) for name, value in more.items()}
+        started.append(subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], cwd=cwd, env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+    said = [process.communicate(timeout=280)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "".join(said)
     (path,) = Path(cwd).glob("runs/*/seed1")
     return path
 

@@ -47,7 +47,7 @@ def test_buckets_tile_the_parameters_from_the_end_of_the_model(shapes, seed, gro
             for place in segment.places:
                 name, p = parameters[place.index]
                 assert (place.name, place.shape) == (name, p.shape)
-                assert place.offset * dtype.itemsize % 16 == 0 and end <= place.offset < end + 16 / dtype.itemsize
+                assert place.offset * dtype.itemsize % 32 == 0 and end <= place.offset < end + 32 / dtype.itemsize
                 end = place.offset + p.numel()
             assert end <= segment.x.shape[1] < end + 64 / dtype.itemsize
     # sizes: the first a 25th, each at most twice the one before, the last ones half of what is left, but for an eighth

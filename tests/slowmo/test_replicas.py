@@ -70,11 +70,11 @@ def test_strides_survive_and_training_is_torch_s(memory_format):
 
 
 def test_parameters_and_gradients_are_views_of_rows():
-    """From the model's end, each at a multiple of 16 bytes; rows end at multiples of 64, and what fills them up stays zero."""
+    """From the model's end, each at a multiple of 32 bytes; rows end at multiples of 64, and what fills them up stays zero."""
     replicas, algorithm = made(convolutions(), 3)
     (segment,) = replicas.segments
-    assert [(place.name, place.offset) for place in segment.places] == [("2.bias", 0), ("2.weight", 2), ("0.bias", 10), ("0.weight", 14)]
-    assert segment.x.shape == (3, 128) and replicas.numel == 122  # 14 + 108 numbers, and six that fill up a line
+    assert [(place.name, place.offset) for place in segment.places] == [("2.bias", 0), ("2.weight", 4), ("0.bias", 12), ("0.weight", 16)]
+    assert segment.x.shape == (3, 128) and replicas.numel == 122  # 14 + 108 numbers, and six that fill up
     for _ in range(2):
         for row, model in enumerate(replicas.models):
             parameters = dict(model.named_parameters())

@@ -93,7 +93,7 @@ def build(task, m, base, optimizer=sgd, outer=None, cluster=None, bucket_cap_mb=
 
 def run(task, replicas, algorithm, steps, lr, vectorize=False, before_average=None):
     """Train to `steps`; lr: γ, or a function of the step. Gives the de-biased rows [n, numel]."""
-    meter = TrainingMeter(len(replicas.models), torch.device("cpu"))
+    meter = TrainingMeter(len(replicas.models), replicas.cluster.device)
     schedule = lr if callable(lr) else lambda step: lr
     for _ in train(task, replicas, algorithm, schedule, steps, task.seed, meter, vectorize, before_average):
         pass
