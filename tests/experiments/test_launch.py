@@ -23,7 +23,8 @@ LOCAL = ("launch=local", "launch.processes=2")
 def start(*overrides, cwd, path=None):
     environment = os.environ | ({"PATH": path} if path else {})
     return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *overrides], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def run(*overrides, **options):

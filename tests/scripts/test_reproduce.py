@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -234,19 +233,32 @@ def test_trials_of_another_length_count_no_more(checkout, script, monkeypatch):
     assert all({"seed=0,-1", "optimizer.lr=0.1,0.17,0.3"} <= set(words) for words in asked)
 
 
-def test_ctrl_c_ends_tuning(checkout, script, monkeypatch):
+TUNED = """
+import subprocess, sys, time
+sys.path[:0] = sys.argv[1:3]
+import tune
+from pathlib import Path
+from results.store import Store
+
+def run(words, **_):
+    print("asked", flush=True)
+    time.sleep(2)
+    return subprocess.CompletedProcess(words, 130, "", "SIGINT: saved")
+
+subprocess.run, tune.ROOT, tune.MINE = run, Path.cwd(), Store(Path.cwd() / "results/mine")
+sys.argv = ["tune.py", "cifar10_small", "--jobs", "1"]
+sys.exit(tune.main())
+"""
+
+
+def test_ctrl_c_ends_tuning(checkout):
     """Trials get it too and stop; no other base begins."""
-    asked = []
-
-    def run(words, **_):
-        asked.append(words)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-        return subprocess.CompletedProcess(words, 130, "", "SIGINT: saved")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    code, out, err = script(tune, "cifar10_small", "--jobs", "1")
-    assert code == 130 and len(asked) == 1 and "the same command goes on from there" in out
+    child = subprocess.Popen([sys.executable, "-c", TUNED, ROOT / "scripts", ROOT], cwd=checkout, stdout=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    assert child.stdout.readline() == "asked\n"
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and "asked" not in out and "the same command goes on from there" in out
 
 
 def test_a_base_that_is_half_tuned_is_not_chosen(checkout, script, monkeypatch):
