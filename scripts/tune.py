@@ -162,8 +162,8 @@ class Tuner:
         with self.lock:
             t = self.trials
             known = t[(t["experiment"] != experiment) | (t["length"] == now) & (t["metric"] == self.metric)]
-            parts = [part for part in (known, lines) if len(part)]
-            if parts:
+            if len(t) or len(lines):
+                parts = [part for part in (known, lines) if len(part)] or [lines]
                 self.trials = pd.concat(parts).drop_duplicates(COLUMNS[:4], keep="first").reset_index(drop=True)
                 self.save()
 
