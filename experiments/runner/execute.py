@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import files
-from experiments.runner import run_dir
+from experiments.runner import launch, run_dir
 from experiments.runner.build import algorithm as algorithm_of
 from experiments.runner.loggers import Loggers
 from experiments.runner.progress import Progress
@@ -23,7 +23,6 @@ from slowmo.evaluate import evaluate, evaluate_workers
 from slowmo.state import load_state_dict, state_dict
 from slowmo.train import TrainingMeter, train
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 AGREE_EVERY = 8  # steps between the tiny all-reduces by which processes agree to stop
 DIVERGED = 1000  # above every signal's number
 # exit codes, besides 128 + a signal's number: see launch.py
@@ -231,9 +230,8 @@ class _signals:
 
     def __enter__(self):
         self.before = {}
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self.before[number] = signal.signal(number, self._note)
+        for number in launch.stopping():
+            self.before[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
         stopped_by[0] = number

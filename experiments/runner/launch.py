@@ -82,6 +82,12 @@ def command() -> Command:
     return Command([*words, "launch=inprocess"])
 
 
+def stopping() -> list[signal.Signals]:
+    """The signals on which a run saves and stops; a terminal that closes is none under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, *hangup]
+
+
 def threads(count: int) -> int:
     """Of each of `count` processes on this machine: the cores that we may use, shared out."""
     return max(1, len(os.sched_getaffinity(0)) // count)
@@ -109,9 +115,7 @@ def local(cfg: DictConfig, words: list[str]) -> tuple[int, int]:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
-    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {number: signal.signal(number, forward) for number in stopping()}
     try:
         for rank in range(count):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
