@@ -20,7 +20,7 @@ def train(steps: int = 300):
     model = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     optimizer = slowmo.SlowMo(model, optimizer, base="local_sgd", tau=12, beta=0.5)  # the only new line
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)  # never ends at 0
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)  # one more than there are
 
     for step in range(steps):
         x, y = batch(step)

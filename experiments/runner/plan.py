@@ -76,7 +76,7 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
         "when": early if processes > 1 else "within this process",
         "memory": round(d * size * (rows * (2 + len(names) + base.recv_buffers()) + slow_rows)),
         "rates": (schedule(0), max(schedule(s) for s in _some(range(steps))), schedule(steps - 1)),
-        "warning": drop and "the learning rate drops in the round before slow step {}: line 7 divides by the last rate, u becomes {:.3g} "
+        "warning": drop and "the learning rate drops in the round that ends at step {}: line 7 divides by the last rate, u becomes {:.3g} "
                    "times as large; let it drop just after a slow step, each multiple of {}".format(*drop, tau),
         "device": ", ".join([cfg.cluster.device, *_kernels(cfg.cluster)]),
         "data": task.found(),

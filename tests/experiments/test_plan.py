@@ -596,8 +596,8 @@ class TestNonsense:
 @pytest.mark.parametrize(
     "milestone, options, words",
     [
-        (11, (), "before slow step 12: .* u becomes 9.25 times as large; .* each multiple of 12"),
-        (18, (), "before slow step 24: .* u becomes 5.5 times"),
+        (11, (), "in the round that ends at step 12: .* u becomes 9.25 times as large; .* each multiple of 12"),
+        (18, (), "in the round that ends at step 24: .* u becomes 5.5 times"),
         (12, (), None),  # just after a slow step
         (35, (), None),  # before the last: nothing uses its u again
         (11, ("outer.beta=0",), None),
