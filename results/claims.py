@@ -107,7 +107,10 @@ def judgements(data: str, runs: Runs) -> list["Judgement"]:
     for look in inference.LOOKS:
         held = dict(zip(map(id, primary), inference.holm([found.p(look) for found in primary])))
         for found in made:
-            found.decide(look, held.get(id(found), inference.NOMINAL), inference.NOMINAL / len(primary))
+            found.decide(look, held.get(id(found), inference.NOMINAL))
+    left = [found for found in primary if found.verdict in (UNDECIDED, NOT_RUN)]
+    for found in left:
+        found.level /= len(left)  # the least that Holm will hold it to
     return made
 
 
@@ -135,11 +138,10 @@ class Judgement:
         """For Holm: of the look that decided, or of this one."""
         return self._p if self.verdict not in (UNDECIDED, NOT_RUN) else min(self.looks.get(look, (1.0,)))
 
-    def decide(self, look: int, level: float, strictest: float) -> None:
-        """level: Holm's, 0 where a smaller p has failed; strictest: the least it can be else."""
+    def decide(self, look: int, level: float) -> None:
+        """level: Holm's, 0 where a smaller p has failed."""
         if self.verdict != UNDECIDED or look not in self.looks:
             return
-        self.level = level or strictest
         found = zip(self.looks[look], (SUPPORTED, CONTRADICTED, EQUIVALENT))
         self._p, self.verdict = next(((p, word) for p, word in found if p < level), (1.0, UNDECIDED))
 
@@ -154,7 +156,7 @@ class Judgement:
         parts = self.claim.parts
         if self.claim.turns:
             up, down = [e.above(0) for e in estimates], [e.below(0) for e in estimates]
-            return max(min(up), min(down)) * len(parts), 2 * min(max(up), max(down)), 1.0
+            return min(1.0, 2 * max(min(up), min(down)) * len(parts)), 2 * min(max(up), max(down)), 1.0
         support = max(e.within(part.low, part.high) for e, part in zip(estimates, parts))
         against = len(parts) * min(e.outside(part.low, part.high) for e, part in zip(estimates, parts))
         same = max(e.within(-(most := margin(self.data, part.metric)), most) for e, part in zip(estimates, parts))
@@ -173,7 +175,7 @@ class Judgement:
             return f"{self.seeds} seed{'s' * (self.seeds > 1)}" if self.seeds else some
         said = "; ".join(f"{part.what} {format_estimate(e, part.metric)}" for e, part in zip(self.estimates, self.claim.parts))
         wanted = f"; then {self.diverged}" if self.diverged else ""
-        if self.verdict == UNDECIDED and not self.claim.turns:
+        if self.verdict == UNDECIDED:
             most = self.wanted()
             wanted = f"; would take about {most} seeds" if most <= 1000 else "; would take over 1000 seeds"
         elif self.verdict == EQUIVALENT:
@@ -184,6 +186,12 @@ class Judgement:
         """Seeds that would probably decide, were the estimates the truth: either way, or that there is no difference to speak of."""
         later = next((look for look in inference.LOOKS if look > self.seeds), inference.LOOKS[-1])
         pairs = list(zip(self.estimates, self.claim.parts))
+        if self.claim.turns:
+            ways = [[e for e in self.estimates if e.mean * sign > 0] for sign in (1, -1)]
+            least = lambda e, share: e.seeds_for(0, math.inf, self.level / share, later)
+            if all(ways):  # one change each way is enough
+                return max(min(least(e, len(pairs)) for e in way) for way in ways)
+            return max(least(e, 1) for e in self.estimates)
         beyond = [(e, part) for e, part in pairs if not part.low <= e.mean <= part.high]  # one is enough, at p times the parts
         count, level = (min, self.level / len(pairs)) if beyond else (max, self.level)
         either = count(e.seeds_for(part.low, part.high, level, later) for e, part in beyond or pairs)

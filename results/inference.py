@@ -3,6 +3,7 @@
 `python -m results.inference` simulates what the protocol promises: the overall level of the looks, and the power at the paper's gain.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from scipy import stats
 LOOKS = (5, 10, 20, 40)  # seeds of a cell at which a claim is judged
 LEVEL, NOMINAL = 0.05, 0.0148  # over all looks; of each, so that all together have LEVEL: see `levels`
 POWER = 0.8  # of the number of seeds that an undecided claim is told it would take
+MOST = 10**6  # such a number is no larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,19 @@ class Estimate:
         return min(1.0, 2 * min(self.below(low), self.above(high)))
 
     def seeds_for(self, low: float, high: float, level: float = NOMINAL, least: int = LOOKS[0]) -> int:
-        """Seeds, `least` at least, after which `within` or `outside` would show at this level with POWER, were the estimate the truth."""
-        distance = min(abs(self.mean - bound) for bound in (low, high) if math.isfinite(bound))
+        """Seeds, from `least` to MOST, after which `within` or `outside` would show at this level with POWER, were the estimate the truth."""
+        distances = [abs(self.mean - bound) for bound in (low, high) if math.isfinite(bound)]
+        if not self.deviation or not min(distances):
+            return least if min(distances) else MOST
         both = math.isfinite(low) and math.isfinite(high) and low < self.mean < high
-        reach = stats.norm.isf(level if both else level / 2) + stats.norm.ppf(POWER)
-        wanted = (reach * self.deviation / distance) ** 2 if distance else math.inf
-        return int(min(10**6, max(least, math.ceil(min(wanted, 1e6)))))
+
+        def power(seeds: int) -> float:
+            freedom = self.freedom * (seeds - 1) / (self.seeds - 1)
+            reach = stats.t.isf(level if both else level / 2, freedom)
+            found = [stats.nct.sf(reach, freedom, distance * math.sqrt(seeds) / self.deviation) for distance in distances]
+            return found[0] + found[1] - 1 if both else min(found)  # both tests have to pass; else the nearer bound
+
+        return bisect.bisect_left(range(MOST), POWER, least, key=power)
 
 
 def paired(terms: list[tuple[int, pd.Series]]) -> Estimate:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
@@ -51,11 +52,31 @@ def test_two_one_sided_tests():
 
 
 def test_seeds_that_a_claim_would_take():
-    """(z(0.0074) + z(0.2)) of 2.438 + 0.842: squared, times (deviation / distance)^2."""
-    assert Estimate(0.42, 0.85, 5, 8).seeds_for(0, math.inf) == math.ceil((3.2796 * 0.85 / 0.42) ** 2) == 45
-    assert Estimate(2.0, 0.85, 5, 8).seeds_for(0, math.inf) == LOOKS[0]
-    assert Estimate(0.0, 0.85, 5, 8).seeds_for(-1, 1) == 7  # (2.176 + 0.842)^2 0.85^2: one-sided
-    assert Estimate(0.0, 1.0, 5, 8).seeds_for(0, math.inf) == 10**6
+    """By scipy's noncentral t, of pairs: the first number with a power of 80%."""
+    gain, deviation = 0.42, 0.85
+
+    def power(n):
+        return stats.nct.sf(stats.t.isf(NOMINAL / 2, n - 1), n - 1, gain / deviation * math.sqrt(n))
+
+    exact = next(n for n in range(5, 100) if power(n) >= 0.8)
+    assert Estimate(gain, deviation, 5, 4).seeds_for(0, math.inf) == exact == 48
+    assert Estimate(4.0, 0.85, 5, 8).seeds_for(0, math.inf) == LOOKS[0]
+    assert Estimate(0.0, 1.0, 5, 8).seeds_for(0, math.inf) == 10**6 and Estimate(1.0, 0.0, 5, 8).seeds_for(0, math.inf) == LOOKS[0]
+    assert Estimate(3.0, 1.0, 5, 8).seeds_for(-1, 1) == Estimate(2.0, 1.0, 5, 8).seeds_for(-math.inf, 0)  # beyond the nearer bound
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.3, 0.9])
+def test_seeds_that_equivalence_would_take(truth):
+    """Of simulated studies with so many pairs both one-sided tests pass in 80%, in fewer with four fifths of the pairs."""
+    rng = np.random.default_rng(0)
+    wanted = Estimate(truth, 2.0, 5, 4).seeds_for(-1, 1)
+
+    def power(n):
+        values = rng.normal(truth, 2.0, (4000, n))
+        mean, error, reach = values.mean(1), values.std(1, ddof=1) / math.sqrt(n), stats.t.isf(NOMINAL, n - 1)
+        return np.mean((mean - reach * error > -1) & (mean + reach * error < 1))
+
+    assert power(wanted) == pytest.approx(0.8, abs=0.03) and power(wanted * 4 // 5) < 0.75
 
 
 def test_holm_by_hand():
