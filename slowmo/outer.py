@@ -98,10 +98,11 @@ class SlowMo(Average):
     """Algorithm 1. alpha: slow learning rate α > 0. beta: slow momentum 0 <= β < 1.
 
     exact=False is the paper's noaverage: no line 6, each worker does lines 7 and 8 on its own iterate. A slow step whose learning
-    rate is 0 changes nothing (line 7 divides by it). Raises ValueError for parameters outside these ranges.
+    rate is 0 changes nothing, since line 7 divides by it; a subclass whose `_update` does not says divides_by_lr = False. Raises ValueError for parameters outside these ranges.
     """
 
     slow_names = ("x0", "u")
+    divides_by_lr = True
 
     def __init__(self, base: LocalSGD, tau: int, alpha: float = 1.0, beta: float = 0.7, buffers: str = "reset", exact: bool = True):
         super().__init__(base, tau, buffers)
@@ -128,7 +129,7 @@ class SlowMo(Average):
         assert self.slow is not None, "start takes x0"
         x0, u = self.slow[segment]
         x = self.base.averaged(segment) if self.exact else segment.x    # 6  exact average, under way since its gradient was there
-        if lr == 0:
+        if lr == 0 and self.divides_by_lr:
             return
         self._update(x0, u, x, lr)
         self.base.restart(segment, x0, self.buffers, self.exact)        # 2  reset | maintain | average
@@ -144,6 +145,8 @@ class SlowMo(Average):
 
 class NesterovOuter(SlowMo):
     """DiLoCo's outer step (Douillard et al. 2023), to compare with: Nesterov momentum on x0 - x, not divided by the learning rate."""
+
+    divides_by_lr = False
 
     def _update(self, x0: torch.Tensor, u: torch.Tensor, x: torch.Tensor, lr: float) -> None:
         delta = _less(x0, x)

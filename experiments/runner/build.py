@@ -43,7 +43,7 @@ def _first(error: BaseException) -> str:
 def optimizer_groups(model: torch.nn.Module, cfg: DictConfig) -> list[dict]:
     """The parameter groups of `model` that an optimizer's config asks for; takes `decay_norms` out of `cfg`, which its class does not know.
 
-    decay_norms true (the paper's): one group with everything. false: the weights of normalisation layers, and all biases, are a group of
+    decay_norms true: one group with everything. false: the weights of normalisation layers, and all biases, are a group of
     their own without weight decay. Shared parameters come once, frozen ones not at all.
     """
     everywhere = cfg.pop("decay_norms", True)

@@ -50,10 +50,11 @@ def rehearse(composed: Composed, task, schedule, steps: int) -> dict:
         states, key = (base.optimizer.state, segment.members[0][0]) if base.inner.whole else (base.inner.state, segment.x)
         states[key] = {name: torch.empty_like(key) for name in names}
     slow = range(tau - 1, steps, tau) if tau else range(0)
-    for step in _some(slow) if type(algorithm) is SlowMo else ():
+    divides = isinstance(algorithm, SlowMo) and algorithm.divides_by_lr
+    for step in _some(slow) if divides else ():
         if schedule(step) == 0:
             raise ValueError(f"the learning rate is 0 at slow step {step + 1}, and line 7 divides by it: end the schedule above 0")
-    drop = _drop(schedule, slow, tau) if type(algorithm) is SlowMo and algorithm.beta > 0 else None
+    drop = _drop(schedule, slow, tau) if divides and algorithm.beta > 0 else None
     messages, lengths = algorithm.comm_volume()
     size, d = replicas.dtype.itemsize, sum(segment.x.shape[1] for segment in replicas.segments)
     slow_rows = len(algorithm.slow_names) * (1 if algorithm.exact else rows)

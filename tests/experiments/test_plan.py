@@ -602,6 +602,8 @@ class TestNonsense:
         (35, (), None),  # before the last: nothing uses its u again
         (11, ("outer.beta=0",), None),
         (11, ("outer=average", "outer.tau=12"), None),
+        (11, ("outer=diloco", "outer.tau=12"), None),  # divides by nothing, so it may also end at 0
+        (11, ("outer=diloco", "outer.tau=12", "schedule.factor=0"), None),
     ],
 )
 def test_a_learning_rate_that_drops_within_a_round_is_warned_of(tmp_path, milestone, options, words):
