@@ -51,8 +51,8 @@ SIBLINGS = {"diloco": "DiLoCo", "streaming": "Streaming DiLoCo"}  # with their p
 SIGNS = {"tau": "τ", "alpha": "α", "beta": "β", "buffers": "buffers"}
 MEASURED = "mean ± standard deviation over seeds (their number)"
 RULES = {  # of the paper's data, of a stand-in
-    False: f"{MEASURED}, best over training as the paper reports, BLEU after the last step. *agrees*: the paper's number lies within the 95% prediction interval for "
-    "a mean of as many seeds as the paper had; else *above* or *below*; one seed allows no interval.",
+    False: f"{MEASURED}, best over training as the paper reports, BLEU after the last step. *agrees*: the paper's number lies within the "
+    "95% prediction interval for a mean of as many seeds as the paper had; else *above* or *below*; one seed allows no interval.",
     True: f"{MEASURED}. change: SlowMo less its base, in a sweep less its reference, ± half the 95% confidence interval; a training loss "
     "over its base's, with the interval. *paper*: its change of best values, on its own data.",
 }

@@ -98,7 +98,8 @@ class SlowMo(Average):
     """Algorithm 1. alpha: slow learning rate α > 0. beta: slow momentum 0 <= β < 1.
 
     exact=False is the paper's noaverage: no line 6, each worker does lines 7 and 8 on its own iterate. A slow step whose learning
-    rate is 0 changes nothing, since line 7 divides by it; a subclass whose `_update` does not says divides_by_lr = False. Raises ValueError for parameters outside these ranges.
+    rate is 0 changes nothing, since line 7 divides by it; a subclass whose `_update` does not says divides_by_lr = False.
+    Raises ValueError for parameters outside these ranges.
     """
 
     slow_names = ("x0", "u")
