@@ -56,7 +56,7 @@ class Estimate:
         return min(1.0, 2 * min(self.below(low), self.above(high)))
 
     def seeds_for(self, low: float, high: float, level: float = NOMINAL, least: int = LOOKS[0]) -> int:
-        """Seeds, from `least` to MOST, after which `within` or `outside` would show at this level with POWER, were the estimate the truth."""
+        """Seeds, from `least` to MOST, after which `within` or `outside` shows at this level with POWER, were the estimate the truth."""
         distances = [abs(self.mean - bound) for bound in (low, high) if math.isfinite(bound)]
         if not self.deviation or not min(distances):
             return least if min(distances) else MOST

@@ -49,7 +49,7 @@ def test_a_gain_in_accuracy(gain, expected, tmp_path):
 
 
 def test_an_undecided_gain_says_what_it_would_take(tmp_path):
-    """Deviation of a cell 0.79 = 10 x 0.079, of a difference 1.12: (3.87 x 1.12)^2 = 18.8 by the normal distribution, 20 by t with 7 (n − 1)
+    """Deviation of a cell 0.79 = 10 x 0.079, of a difference 1.12: (3.87 x 1.12)^2 = 18.8 by the normal distribution, 20 by t with 7(n − 1)
     degrees of freedom, at Holm's level of the first of six."""
     line = found(written(tmp_path, *table1((1, 1, 1), spread=10.0)), "raises the accuracy of SGP")
     assert line["verdict"] == "undecided" and line["evidence"].endswith("(5 seeds; would take about 20 seeds)")
@@ -237,8 +237,8 @@ def test_tau(values, expected, tmp_path):
 
 @pytest.mark.parametrize("values, seeds", [({12: 60, 24: 61, 48: 61, 96: 60}, 18), ({12: 60, 24: 61, 48: 61.5, 96: 62.5}, 55)])
 def test_seeds_that_a_sweep_would_take(values, seeds, tmp_path):
-    """By scipy's noncentral t, deviation of a difference 1.12: a change of 1 at a third of the level, where another goes the other way; else
-    the least change, of 0.5, at the level itself."""
+    """By scipy's noncentral t, deviation of a difference 1.12: a change of 1 at a third of the level, where another goes the other way;
+    else the least change, of 0.5, at the level itself."""
     cells = tau(values)
     for cell in cells:
         cell["accuracy_last"] = cell["accuracy_last"].mean() + 10 * NEAR
