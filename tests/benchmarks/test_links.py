@@ -179,7 +179,8 @@ def test_every_row_of_table_2_is_measured(tmp_path):
     lines = pd.read_csv(tmp_path / "data/links.csv")
     cells = cost_model.paper("imagenet")
     rows = {*cells, *(f"{cell}_after" for cell in cells if cost_model.two_ways(f"imagenet_{cell}"))}
-    more = {"local_sgd,outer.tau=48", "slowmo_local_sgd,outer.tau=48", "slowmo_osgp,outer.tau=12", "slowmo_sgp,outer.tau=12"}
+    more = {"local_sgd,outer.tau=48", "slowmo_local_sgd,outer.tau=48", "slowmo_osgp,outer.tau=12", "slowmo_sgp,outer.tau=12",
+            "local_sgd,outer=diloco", "local_sgd,outer=streaming"}  # fmt: skip
     assert list(lines.columns) == COLUMNS["links"] and set(lines["row"]) == {"compute", *rows, *more}
     assert (lines["milliseconds"] >= 2).all() and set(lines["round"]) == {0, 1} and (lines["network"] == "loopback").all()
     assert "round 2/2 double_averaging_local_sgd_after" in done.stdout and "| OSGP + SlowMo |" in done.stdout
