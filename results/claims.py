@@ -108,9 +108,9 @@ def judgements(data: str, runs: Runs) -> list["Judgement"]:
         held = dict(zip(map(id, primary), inference.holm([found.p(look) for found in primary])))
         for found in made:
             found.decide(look, held.get(id(found), inference.NOMINAL))
-    left = [found for found in primary if found.verdict in (UNDECIDED, NOT_RUN)]
+    left = [found for found in primary if not found.decided]
     for found in left:
-        found.level /= len(left)  # the least that Holm will hold it to
+        found.level = inference.NOMINAL / len(left)  # the least that Holm will hold it to
     return made
 
 
@@ -136,7 +136,11 @@ class Judgement:
 
     def p(self, look: int) -> float:
         """For Holm: of the look that decided, or of this one."""
-        return self._p if self.verdict not in (UNDECIDED, NOT_RUN) else min(self.looks.get(look, (1.0,)))
+        return self._p if self.decided else min(self.looks.get(look, (1.0,)))
+
+    @property
+    def decided(self) -> bool:
+        return self.verdict not in (UNDECIDED, NOT_RUN)
 
     def decide(self, look: int, level: float) -> None:
         """level: Holm's, 0 where a smaller p has failed."""
